@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches the compiled kernels, where there are any; the only module that knows fxslim_ext.
+
+The libraries implement the CPU and CUDA keys of operators whose schema and reference are defined
+in Python. The dispatcher is the fallback: what is not attached runs the reference.
+"""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from fxslim.errors import ConfigError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = ("auto", "native", "reference")
+_reasons: dict[str, str] = {}
+
+
+def _library_folder() -> Path | None:
+    """Where the libraries lie: FXSLIM_EXT_DIR, else the installed fxslim_ext package."""
+    if folder := os.environ.get("FXSLIM_EXT_DIR"):
+        return Path(folder)
+    spec = importlib.util.find_spec("fxslim_ext")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
+
+
+def _attach_one(device: str, folder: Path | None) -> str:
+    """Load one library; returns '' when it is attached, else why not."""
+    if device == "cuda" and torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if folder is None:
+        return "fxslim_ext is not installed"
+    path = folder / f"fxslim_{device}.so"
+    if not path.is_file():
+        return f"{path.name} was not built (see 'Building the kernels' in README.md)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"{path} does not load: {error.__cause__ or error}"
+        logger.warning("%s kernels: reference, because %s", device, reason)
+        return reason
+    return ""
+
+
+def attach_libraries() -> None:
+    """Load what FXSLIM_KERNELS asks for: auto (default), native (or an error), reference."""
+    choice = os.environ.get("FXSLIM_KERNELS", "auto")
+    if choice not in _CHOICES:
+        raise ConfigError("FXSLIM_KERNELS: " + unknown_name("choice", choice, _CHOICES))
+    folder = _library_folder() if choice != "reference" else None
+    for device in ("cpu", "cuda"):
+        forced = "FXSLIM_KERNELS=reference" if choice == "reference" else ""
+        _reasons[device] = forced or _attach_one(device, folder)
+    if choice == "native" and _reasons["cpu"]:
+        raise ConfigError(f"FXSLIM_KERNELS=native, but {_reasons['cpu']}")
+    if _reasons["cpu"]:
+        logger.info("CPU kernels: reference (%s)", _reasons["cpu"])
+
+
+def implementation(op_name: str, device: str) -> tuple[str, str]:
+    """('native' or 'reference', why) for an operator on a device type.
+
+    >>> implementation("fake_quantize", "mps")
+    ('reference', 'no native kernels for mps')
+    """
+    if device not in _reasons:
+        return "reference", f"no native kernels for {device}"
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fxslim::{op_name}", key):
+        return "native", ""
+    return "reference", _reasons[device] or f"the {device} library has no {op_name}"
