@@ -6,6 +6,7 @@ from fxslim.kernels.fake_quantization import fake_quantize as fake_quantize
 from fxslim.kernels.learned_fake_quantization import fake_quantize_learned as fake_quantize_learned
 from fxslim.kernels.native import attach_libraries as _attach_libraries
 from fxslim.kernels.native import implementation as implementation
+from fxslim.kernels.native import operator_names as operator_names
 from fxslim.kernels.nm_masking import nm_mask as nm_mask
 from fxslim.kernels.observation import observe_min_max as observe_min_max
 from fxslim.kernels.observed_fake_quantization import observe_fake_quantize as observe_fake_quantize

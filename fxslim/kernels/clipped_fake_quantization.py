@@ -60,7 +60,8 @@ def _backward_reference(grad, x, clip_min, clip_max, quant_min, quant_max, chann
     error = ends.round().sub_(ends).div_(steps)
     grad_max = (wide_grad * (error + above)).sum(dtype=torch.float64)
     grad_min = (wide_grad * (below.to(dtype) - error)).sum(dtype=torch.float64)
-    grad_x = wide_grad.masked_fill(above.logical_or_(below), 0).to(x.dtype)
+    zero = torch.zeros((), dtype=dtype, device=x.device)
+    grad_x = torch.where(above.logical_or_(below), zero, wide_grad).to(x.dtype)
     return grad_x, grad_min.to(dtype).reshape(1), grad_max.to(dtype).reshape(1)
 
 

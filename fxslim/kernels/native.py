@@ -63,6 +63,12 @@ def attach_libraries() -> None:
         logger.info("CPU kernels: reference (%s)", _reasons["cpu"])
 
 
+def operator_names() -> list[str]:
+    """All operators of fxslim, each with a reference; any of them may be native."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.removeprefix("fxslim::").split(".")[0] for name in names if name.startswith("fxslim::")})
+
+
 def implementation(op_name: str, device: str) -> tuple[str, str]:
     """('native' or 'reference', why) for an operator on a device type.
 

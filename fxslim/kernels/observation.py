@@ -19,7 +19,8 @@ def min_max_reference(x: Tensor, axis: int | None, channels_last: bool) -> tuple
     else:
         others = [d for d in range(x.dim()) if d != axis]
         low, high = (torch.amin(x, others), torch.amax(x, others)) if others else (x, x)
-    return low.to(dtype, copy=True), high.to(dtype, copy=True)
+    # Adding 0 turns -0.0, which may come before or after 0.0, into 0.0 (and makes a copy).
+    return low.to(dtype) + 0.0, high.to(dtype) + 0.0
 
 
 torch.library.impl("fxslim::observe_min_max", "default", min_max_reference)

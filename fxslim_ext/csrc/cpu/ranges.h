@@ -64,7 +64,8 @@ template <class M>
 Range<M> range_of(const M* acc, int64_t stride) {
   constexpr M nan = std::numeric_limits<M>::quiet_NaN();
   if (acc[kBad * stride] != 0) return {nan, nan};
-  return {acc[kLow * stride], acc[kHigh * stride]};
+  // Adding 0 turns -0.0, which may come before or after 0.0, into 0.0.
+  return {acc[kLow * stride] + M(0), acc[kHigh * stride] + M(0)};
 }
 
 template <class M>

@@ -50,7 +50,7 @@ __device__ Range<M> channel_range(const M* partial, int64_t count) {
   }
   seen = combine_block(seen, Unite<M>{});
   const M nan = std::numeric_limits<M>::quiet_NaN();
-  return seen.bad ? Range<M>{nan, nan} : seen.range;
+  return seen.bad ? Range<M>{nan, nan} : Range<M>{seen.range.low + M(0), seen.range.high + M(0)};
 }
 
 template <class M>
