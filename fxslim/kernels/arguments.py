@@ -72,6 +72,19 @@ def check_grid(quant_min: int, quant_max: int) -> None:
         )
 
 
+def middle_of_grid(quant_min: int, quant_max: int) -> int:
+    """The zero point of a symmetric grid."""
+    return 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
+
+
+def check_symmetric(quant_min: int, quant_max: int) -> None:
+    middle = middle_of_grid(quant_min, quant_max)
+    if not quant_min < middle < quant_max:
+        raise ConfigError(
+            f"quant_min={quant_min}, quant_max={quant_max}: a symmetric grid needs a step on both sides of {middle}"
+        )
+
+
 def as_parameter(value: Tensor | float, name: str, x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """A per-tensor or per-channel parameter as a vector on x's device; a number stands for every channel."""
     count = 1 if axis is None else x.shape[axis]

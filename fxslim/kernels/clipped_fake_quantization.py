@@ -52,11 +52,12 @@ def _fake(x, clip_min, clip_max, quant_min, quant_max, channels_last):  # type: 
 
 def _backward_reference(grad, x, clip_min, clip_max, quant_min, quant_max, channels_last):  # type: ignore[no-untyped-def]
     dtype, steps = math_dtype(x), quant_max - quant_min
-    scale, zero_point = _grid(clip_min, clip_max, quant_min, quant_max)
+    low, high = clip_min.reshape(()), clip_max.reshape(())
+    scale, zero_point = _grid(low, high, quant_min, quant_max)
     values, wide_grad = in_order(x, channels_last).to(dtype), in_order(grad, channels_last).to(dtype)
     above = values > scale * (quant_max - zero_point).to(dtype)
     below = values < scale * (quant_min - zero_point).to(dtype)
-    ends = torch.where(above, clip_max / scale, torch.where(below, clip_min / scale, values / scale))
+    ends = torch.where(above, high / scale, torch.where(below, low / scale, values / scale))
     error = ends.round().sub_(ends).div_(steps)
     grad_max = (wide_grad * (error + above)).sum(dtype=torch.float64)
     grad_min = (wide_grad * (below.to(dtype) - error)).sum(dtype=torch.float64)

@@ -21,13 +21,13 @@ from fxslim.kernels.quantization_grid import along_axis, quantize_on_grid, usabl
 
 torch.library.define(
     "fxslim::fake_quantize_learned",
-    "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, float grad_factor,"
+    "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, float? grad_factor,"
     " int? axis, bool channels_last) -> Tensor",
 )
 torch.library.define(
     "fxslim::fake_quantize_learned_backward",
     "(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max,"
-    " float grad_factor, int? axis, bool channels_last) -> (Tensor, Tensor)",
+    " float? grad_factor, int? axis, bool channels_last) -> (Tensor, Tensor)",
 )
 
 
@@ -45,6 +45,8 @@ def _fake(x, scale, zero_point, quant_min, quant_max, grad_factor, axis, channel
 
 
 def _backward_reference(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, axis, channels_last):  # type: ignore[no-untyped-def]
+    if grad_factor is None:
+        grad_factor = (max(x.numel() / max(scale.numel(), 1), 1.0) * max(abs(quant_max), 1)) ** -0.5
     dtype = math_dtype(x)
     values, wide_grad = in_order(x, channels_last).to(dtype), in_order(grad, channels_last).to(dtype)
     zero_points = along_axis(zero_point, x, axis).to(dtype)
@@ -111,10 +113,7 @@ def fake_quantize_learned(
     zero_points = as_parameter(zero_point, "zero_point", x, axis, torch.int32)
     check_positive(scales.detach(), "scale")
     check_values(zero_points, "zero_point", quant_min, quant_max)
-    if grad_factor is None:
-        per_scale = x.numel() / max(scales.numel(), 1)
-        grad_factor = (max(per_scale, 1.0) * max(abs(quant_max), 1)) ** -0.5
-    elif not 0.0 < grad_factor < float("inf"):
+    if grad_factor is not None and not 0.0 < grad_factor < float("inf"):
         raise ConfigError(f"grad_factor={grad_factor} must be a finite number > 0")
     return torch.ops.fxslim.fake_quantize_learned(
         x, scales, zero_points, quant_min, quant_max, grad_factor, axis, lies_channels_last(x)

@@ -32,6 +32,17 @@ def _fake(x, axis, channels_last):  # type: ignore[no-untyped-def]
     return x.new_empty(shape, dtype=math_dtype(x)), x.new_empty(shape, dtype=math_dtype(x))
 
 
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(*output)
+
+
+def _backward(ctx, *_):  # type: ignore[no-untyped-def]
+    return None, None, None
+
+
+torch.library.register_autograd("fxslim::observe_min_max", _backward, setup_context=_setup)
+
+
 def observe_min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value: scalars, or vectors with one entry per channel along ``axis``.
 

@@ -10,6 +10,7 @@ from fxslim.kernels.arguments import (
     check_axis,
     check_grid,
     check_input,
+    check_symmetric,
     in_order,
     lies_channels_last,
     math_dtype,
@@ -121,6 +122,8 @@ def observe_fake_quantize(
     check_grid(quant_min, quant_max)
     if averaging is not None and not 0.0 < averaging <= 1.0:
         raise ConfigError(f"averaging={averaging} must be in (0, 1], or None for running extrema")
+    if symmetric:
+        check_symmetric(quant_min, quant_max)
     low = as_parameter(range_min, "range_min", x, axis, math_dtype(x)).detach()
     high = as_parameter(range_max, "range_max", x, axis, math_dtype(x)).detach()
     save_mask = torch.is_grad_enabled() and x.requires_grad and not never_clips(averaging, symmetric)

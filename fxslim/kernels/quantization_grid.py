@@ -6,7 +6,7 @@ point, clamped. NaN stays NaN; infinities saturate; an unusable scale gives NaN.
 import torch
 from torch import Tensor
 
-from fxslim.kernels.arguments import math_dtype
+from fxslim.kernels.arguments import math_dtype, middle_of_grid
 
 
 def along_axis(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -52,7 +52,7 @@ def grid_from_range(
     """
     low, high = range_min.clamp(max=0), range_max.clamp(min=0)
     if symmetric:
-        middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
+        middle = middle_of_grid(quant_min, quant_max)
         scale = torch.maximum(high / (quant_max - middle), low / (quant_min - middle))
         zero_point = torch.full_like(scale, middle)
     else:

@@ -92,4 +92,11 @@ FXSLIM_BOTH Grid<M> grid_between(M clip_min, M clip_max, int64_t quant_min, int6
   return {scale, to_zero_point(zero_point, quant_min, quant_min, quant_max)};
 }
 
+// What a learned scale's gradient is multiplied by where no factor is given: 1 / sqrt(elements * quant_max).
+inline double learning_factor(int64_t elements_per_scale, int64_t quant_max) {
+  const double elements = elements_per_scale > 1 ? static_cast<double>(elements_per_scale) : 1.0;
+  const double steps = quant_max < 0 ? -quant_max : quant_max;
+  return 1.0 / std::sqrt(elements * (steps > 1 ? steps : 1.0));
+}
+
 }  // namespace fxslim

@@ -96,7 +96,7 @@ def _clipped_backward(x: Tensor) -> Iterator[tuple]:
 def _learned(x: Tensor) -> Iterator[tuple]:
     for axis in _axes(x):
         for channels_last in _orders(x):
-            yield x, *_parameters(x, axis), -8, 7, 0.25, axis, channels_last
+            yield x, *_parameters(x, axis), -8, 7, 0.25 if channels_last else None, axis, channels_last
 
 
 def _learned_backward(x: Tensor) -> Iterator[tuple]:

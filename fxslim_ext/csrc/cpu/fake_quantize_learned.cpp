@@ -16,7 +16,7 @@ GridTable<M> grid_table(
 
 Tensor fake_quantize_learned(
     const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-    double /*grad_factor*/, std::optional<int64_t> axis, bool channels_last) {
+    std::optional<double> /*grad_factor*/, std::optional<int64_t> axis, bool channels_last) {
   const Walk walk = walk_of(x, axis, channels_last);
   check_parameters("scale", scale, x, walk.channels, math_type(x));
   check_parameters("zero_point", zero_point, x, walk.channels, ScalarType::Int);
@@ -95,7 +95,7 @@ void backward_range(
 
 std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-    int64_t quant_max, double grad_factor, std::optional<int64_t> axis, bool channels_last) {
+    int64_t quant_max, std::optional<double> grad_factor, std::optional<int64_t> axis, bool channels_last) {
   const Walk walk = walk_of(x, axis, channels_last);
   check_parameters("scale", scale, x, walk.channels, math_type(x));
   check_parameters("zero_point", zero_point, x, walk.channels, ScalarType::Int);
@@ -120,7 +120,8 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
         },
         [](double* into, int64_t, const double* part, int64_t) { *into += *part; });
     auto* result = static_cast<M*>(grad_scale.mutable_data_ptr());
-    for (int64_t c = 0; c < walk.channels; ++c) result[c] = static_cast<M>(sums[c] * grad_factor);
+    const double factor = grad_factor.value_or(learning_factor(walk.outer * walk.inner, quant_max));
+    for (int64_t c = 0; c < walk.channels; ++c) result[c] = static_cast<M>(sums[c] * factor);
   });
   return {grad_x, grad_scale};
 }

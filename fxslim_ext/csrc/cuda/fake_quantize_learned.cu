@@ -6,7 +6,7 @@ namespace {
 
 Tensor fake_quantize_learned(
     const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-    double /*grad_factor*/, std::optional<int64_t> axis, bool channels_last) {
+    std::optional<double> /*grad_factor*/, std::optional<int64_t> axis, bool channels_last) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Walk walk = walk_of(x, axis, channels_last);
   check_parameters("scale", scale, x, walk.channels, math_type(x));
@@ -43,7 +43,7 @@ __global__ void backward_kernel(
 
 std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-    int64_t quant_max, double grad_factor, std::optional<int64_t> axis, bool channels_last) {
+    int64_t quant_max, std::optional<double> grad_factor, std::optional<int64_t> axis, bool channels_last) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Slices slices(walk_of(x, axis, channels_last));
   const int64_t channels = slices.walk.channels;
@@ -56,6 +56,7 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
   Tensor grad_scale = empty_vector(x, channels, math_type(x));
   Tensor partial = empty_vector(x, channels * slices.count, ScalarType::Double);
   if (channels == 0) return {grad_x, grad_scale};
+  const double factor = grad_factor.value_or(learning_factor(slices.per_channel, quant_max));
   for_float_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using M = math_t<T>;
@@ -64,7 +65,7 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
         static_cast<int>(quant_min), static_cast<int>(quant_max), output<double>(partial));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     sum_partials_kernel<M><<<static_cast<unsigned>(channels), kThreads, 0, current_stream(x)>>>(
-        data<double>(partial), slices.count, grad_factor, output<M>(grad_scale));
+        data<double>(partial), slices.count, factor, output<M>(grad_scale));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {grad_x, grad_scale};
