@@ -62,15 +62,20 @@ def supported_architectures(nvcc):
     return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
 
 
-def compile_library(target, sources, compiler, link):
+def compile_library(target, sources, compiler, link, libraries):
     """Compile each source on its own, two at a time, and link them."""
-    folder = Path("build") / "objects" / target.stem
+    folder = Path("build/objects") / target.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / (source.stem + ".o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(lambda pair: run([*compiler, "-c", str(pair[0]), "-o", str(pair[1])]), zip(sources, objects, strict=True)))
+        list(
+            pool.map(
+                lambda pair: run([*compiler, "-c", str(pair[0]), "-o", str(pair[1])]),
+                zip(sources, objects, strict=True),
+            )
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*link, "-shared", *map(str, objects), "-o", str(target), f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"])
+    run([*link, "-shared", *map(str, objects), "-o", str(target), f"-L{torch_folder() / 'lib'}", *libraries])
 
 
 def build_cpu(target):
@@ -80,7 +85,7 @@ def build_cpu(target):
     extra = shlex.split(os.environ.get("FXSLIM_EXT_FLAGS", ""))
     include = ["-isystem", str(torch_folder() / "include")]
     flags = [*shlex.split(CPU_FLAGS), STABLE_ABI, *include, *extra]
-    compile_library(target, sorted((SOURCES / "cpu").glob("*.cpp")), [cxx, *flags], [cxx, *extra])
+    compile_library(target, sorted((SOURCES / "cpu").glob("*.cpp")), [cxx, *flags], [cxx, *extra], ["-ltorch_cpu"])
 
 
 def build_cuda(target):
@@ -92,8 +97,9 @@ def build_cuda(target):
         *["-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"],
         *[STABLE_ABI, "-DUSE_CUDA", "-isystem", str(torch_folder() / "include")],
     ]
+    torch_cuda = ["-ltorch_cuda"] if (torch_folder() / "lib/libtorch_cuda.so").exists() else []
     sources = sorted((SOURCES / "cuda").glob("*.cu"))
-    compile_library(target, sources, [nvcc, *flags, *codes], [nvcc, "-cudart", "static"])
+    compile_library(target, sources, [nvcc, *flags, *codes], [nvcc, "-cudart", "static"], ["-ltorch_cpu", *torch_cuda])
 
 
 class BuildKernels(build_ext):
@@ -127,4 +133,8 @@ class BuildKernels(build_ext):
         return [str(path) for path in (Path(self.build_lib) / "fxslim_ext").glob("fxslim_*.so")]
 
 
-setup(ext_modules=[Extension("fxslim_ext.kernels", sources=[])], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("fxslim_ext.kernels", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -49,6 +49,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"unknown {kind} {name!r}{hint} (known: {shown})"

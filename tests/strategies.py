@@ -31,9 +31,7 @@ LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "offset"]
 
 
 @st.composite
-def tensors(
-    draw: st.DrawFn, min_dims: int = 0, max_dims: int = 5, max_side: int = 9, special: bool = True
-) -> Tensor:
+def tensors(draw: st.DrawFn, min_dims: int = 0, max_dims: int = 5, max_side: int = 9, special: bool = True) -> Tensor:
     """Random floating tensors of any dtype and layout; some with NaN, infinities, ties, huge and tiny values."""
     shape = draw(shapes(min_dims, max_dims, max_side))
     dtype = draw(st.sampled_from(DTYPES))

@@ -33,9 +33,7 @@ def in_order(x: Tensor, channels_last: bool) -> Tensor:
     """x itself where it already lies in this order, else a copy that does."""
     if not channels_last:
         return x.contiguous()
-    return x.contiguous(
-        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    )
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
@@ -67,9 +65,7 @@ def check_grid(quant_min: int, quant_max: int) -> None:
     if not quant_min < quant_max:
         raise ConfigError(f"quant_min={quant_min} must be below quant_max={quant_max}")
     if quant_max - quant_min > _MAX_GRID:
-        raise ConfigError(
-            f"quant_min={quant_min}, quant_max={quant_max}: at most {_MAX_GRID + 1} steps (16 bits)"
-        )
+        raise ConfigError(f"quant_min={quant_min}, quant_max={quant_max}: at most {_MAX_GRID + 1} steps (16 bits)")
 
 
 def middle_of_grid(quant_min: int, quant_max: int) -> int:

@@ -47,9 +47,7 @@ def unpack_mask(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     return flags.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-torch.library.define(
-    "fxslim::mask_gradient", "(Tensor grad, Tensor mask, bool channels_last) -> Tensor"
-)
+torch.library.define("fxslim::mask_gradient", "(Tensor grad, Tensor mask, bool channels_last) -> Tensor")
 
 
 def _reference(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:

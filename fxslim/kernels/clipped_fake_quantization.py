@@ -82,9 +82,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, *_):  # type: ignore[no-untyped-def]
     x, clip_min, clip_max = ctx.saved_tensors
-    grads = torch.ops.fxslim.fake_quantize_clipped_backward(
-        grad, x, clip_min, clip_max, *ctx.grid, ctx.channels_last
-    )
+    grads = torch.ops.fxslim.fake_quantize_clipped_backward(grad, x, clip_min, clip_max, *ctx.grid, ctx.channels_last)
     return *grads, None, None, None
 
 
@@ -116,5 +114,3 @@ def fake_quantize_clipped(
     check_values((high - low).detach(), "clip_max - clip_min", torch.finfo(low.dtype).tiny, largest)
     outputs = torch.ops.fxslim.fake_quantize_clipped(x, low, high, quant_min, quant_max, lies_channels_last(x))
     return outputs[0], outputs[1], outputs[2]
-
-

@@ -7,9 +7,7 @@ from torch import Tensor
 from fxslim.errors import ConfigError, DtypeError
 from fxslim.kernels.arguments import check_axis, check_input, in_order, lies_channels_last
 
-torch.library.define(
-    "fxslim::nm_mask", "(Tensor weight, int n, int m, int axis, bool channels_last) -> Tensor"
-)
+torch.library.define("fxslim::nm_mask", "(Tensor weight, int n, int m, int axis, bool channels_last) -> Tensor")
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Above this group size comparing all pairs costs more than sorting.

@@ -7,12 +7,11 @@ from torch import Tensor
 from fxslim.errors import ConfigError
 from fxslim.kernels.arguments import check_axis, check_input, in_order, lies_channels_last, math_dtype
 
-torch.library.define(
-    "fxslim::observe_min_max", "(Tensor x, int? axis, bool channels_last) -> (Tensor, Tensor)"
-)
+torch.library.define("fxslim::observe_min_max", "(Tensor x, int? axis, bool channels_last) -> (Tensor, Tensor)")
 
 
 def min_max_reference(x: Tensor, axis: int | None, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """The definition of ``observe_min_max``, which other references use too."""
     dtype = math_dtype(x)
     if axis is None:
         low, high = torch.aminmax(in_order(x, channels_last))

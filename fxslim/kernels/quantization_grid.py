@@ -19,6 +19,7 @@ def along_axis(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 
 def usable_scale(scale: Tensor) -> Tensor:
+    """NaN in place of what is not a finite positive number."""
     usable = (scale > 0) & torch.isfinite(scale)
     return torch.where(usable, scale, torch.full_like(scale, float("nan")))
 

@@ -60,9 +60,7 @@ def test_compiled_with_another_memory_format_of_the_gradient(device) -> None:
         return (y.permute(0, 2, 3, 1).contiguous() * 3).permute(0, 3, 1, 2).relu()
 
     x = torch.randn(2, 8, 7, 9, device=device).contiguous(memory_format=torch.channels_last)
-    for got, want in zip(
-        gradients(conv, torch.compile(run, fullgraph=True), x), gradients(conv, run, x), strict=True
-    ):
+    for got, want in zip(gradients(conv, torch.compile(run, fullgraph=True), x), gradients(conv, run, x), strict=True):
         torch.testing.assert_close(got, want)
 
 

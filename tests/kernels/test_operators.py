@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from tests.kernels.op_table import OPERATORS, Operator
 from tests.strategies import DTYPES, LAYOUTS, lay_out, tensors
@@ -81,6 +81,8 @@ def test_result_does_not_depend_on_threads(operator: Operator) -> None:
 @settings(max_examples=3)
 @given(x=tensors(min_dims=1, max_side=5, special=False))
 def test_opcheck(operator: Operator, layout: str, x: torch.Tensor, device) -> None:
+    # opcheck's own copying of inputs fails on empty tensors.
+    assume(x.numel() > 0)
     x = lay_out(x, layout).to(device)
     for arguments in list(operator.samples(x))[:6]:
         torch.library.opcheck(operator.op, arguments)

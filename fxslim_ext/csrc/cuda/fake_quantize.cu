@@ -41,7 +41,7 @@ Tensor mask_gradient(const Tensor& grad, const Tensor& mask, bool channels_last)
         sizeof(zero) == 2, uint16_t, std::conditional_t<sizeof(zero) == 4, uint32_t, uint64_t>>;
     select_kernel<Word><<<blocks_for(numel), kThreads, 0, current_stream(grad)>>>(
         data<Word>(input), data<uint8_t>(bits), output<Word>(out), numel);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
   return out;
 }

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped(
     using M = math_t<T>;
     grid_kernel<M><<<1, 1, 0, current_stream(x)>>>(
         data<M>(clip_min), data<M>(clip_max), quant_min, quant_max, output<M>(scale), output<int32_t>(zero_point));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     launch_quantize<T>(input, y, nullptr, walk, scale, zero_point, quant_min, quant_max);
   });
   return {y, scale, zero_point};
@@ -79,10 +79,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped_backward(
     backward_kernel<T><<<slices.grid(), kThreads, 0, stream>>>(
         data<T>(input), data<T>(grads), output<T>(grad_x), slices, data<M>(clip_min), data<M>(clip_max), quant_min,
         quant_max, output<double>(partial_min), output<double>(partial_max));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     sum_partials_kernel<M><<<1, kThreads, 0, stream>>>(data<double>(partial_min), slices.count, 1.0, output<M>(grad_min));
     sum_partials_kernel<M><<<1, kThreads, 0, stream>>>(data<double>(partial_max), slices.count, 1.0, output<M>(grad_max));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
   return {grad_x, grad_min, grad_max};
 }

@@ -63,10 +63,10 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(
     backward_kernel<T><<<slices.grid(), kThreads, 0, current_stream(x)>>>(
         data<T>(input), data<T>(grads), output<T>(grad_x), slices, data<M>(scales), data<int32_t>(zero_points),
         static_cast<int>(quant_min), static_cast<int>(quant_max), output<double>(partial));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     sum_partials_kernel<M><<<static_cast<unsigned>(channels), kThreads, 0, current_stream(x)>>>(
         data<double>(partial), slices.count, factor, output<M>(grad_scale));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
   return {grad_x, grad_scale};
 }

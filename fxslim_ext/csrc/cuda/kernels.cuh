@@ -25,6 +25,12 @@ inline cudaStream_t current_stream(const Tensor& on) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Not STD_CUDA_KERNEL_LAUNCH_CHECK: its symbols differ between torch versions.
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel of fxslim could not be launched: ", cudaGetErrorString(error));
+}
+
 inline unsigned blocks_for(int64_t threads) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > (1 << 20) ? (1 << 20) : blocks);
@@ -97,7 +103,7 @@ void launch_quantize(
   quantize_kernel<T><<<blocks_for(mask_bytes(walk.numel())), kThreads, 0, current_stream(x)>>>(
       data<T>(x), output<T>(y), mask == nullptr ? nullptr : output<uint8_t>(*mask), walk.numel(), ChannelOf(walk),
       data<math_t<T>>(scale), data<int32_t>(zero_point), static_cast<int>(quant_min), static_cast<int>(quant_max));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 // A channel's elements, cut into slices: one block (channel, slice) each. Sums are made in a fixed

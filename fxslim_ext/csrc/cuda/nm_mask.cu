@@ -35,7 +35,7 @@ Tensor nm_mask(const Tensor& weight, int64_t n, int64_t m, int64_t axis, bool ch
         std::conditional_t<sizeof(zero) == 2, int16_t, std::conditional_t<sizeof(zero) == 4, int32_t, int64_t>>;
     nm_mask_kernel<Key><<<blocks_for(walk.numel()), kThreads, 0, current_stream(weight)>>>(
         data<Key>(input), output<bool>(mask), walk, n, m);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
   return mask;
 }

@@ -81,7 +81,7 @@ template <class T>
 Tensor partial_ranges(const Tensor& x, const Slices& slices) {
   Tensor partial = empty_vector(x, 3 * slices.walk.channels * slices.count, math_type(x));
   range_kernel<T><<<slices.grid(), kThreads, 0, current_stream(x)>>>(data<T>(x), slices, output<math_t<T>>(partial));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return partial;
 }
 
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> observe_min_max(const Tensor& x, std::optional<int64_
     const Tensor partial = partial_ranges<T>(input, slices);
     finish_range_kernel<M><<<static_cast<unsigned>(slices.walk.channels), kThreads, 0, current_stream(x)>>>(
         data<M>(partial), slices.count, output<M>(low), output<M>(high));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
   return {low, high};
 }
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_fake_quantize
     settle_kernel<M><<<static_cast<unsigned>(walk.channels), kThreads, 0, current_stream(x)>>>(
         empty ? nullptr : data<M>(partial), slices.count, output<M>(low), output<M>(high), output<M>(scale),
         output<int32_t>(zero_point), rule, quant_min, quant_max, symmetric);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     launch_quantize<T>(input, y, save_mask ? &mask : nullptr, walk, scale, zero_point, quant_min, quant_max);
   });
   return {y, low, high, scale, zero_point, mask};

@@ -1,0 +1,61 @@
+# One command each: demo, test, check, bench, abi, sanitize. `make help` lists them.
+#
+# FXSLIM_PYTHON=/path/to/python   use an existing environment that has torch and torchvision
+# FXSLIM_TORCH_INDEX=URL          where torch and torchvision come from, always both (default: PyPI)
+# FXSLIM_EXT=auto|cpu|cuda|off    which kernels are built
+
+BASE_PYTHON ?= python3
+VENV ?= .venv
+ifdef FXSLIM_PYTHON
+PYTHON := $(FXSLIM_PYTHON)
+else
+PYTHON := $(CURDIR)/$(VENV)/bin/python
+endif
+INDEX := $(if $(FXSLIM_TORCH_INDEX),--index-url $(FXSLIM_TORCH_INDEX))
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+SOURCES := $(shell find fxslim_ext/csrc -type f)
+READY := build/ready
+
+.PHONY: help setup demo test check bench abi sanitize clean
+
+help:
+	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/'
+
+setup: $(READY)  ## environment with torch, torchvision and this project
+
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(CURDIR)/$(VENV)/bin/python -m pip --disable-pip-version-check install -q --upgrade pip 'setuptools>=77'
+	$(CURDIR)/$(VENV)/bin/python -m pip --disable-pip-version-check install -q $(INDEX) torch torchvision
+
+$(READY): setup.py setup.cfg pyproject.toml $(SOURCES) $(if $(FXSLIM_PYTHON),,$(VENV)/bin/python)
+	$(PYTHON) -c "import torch, torchvision"
+	FXSLIM_EXT=off $(PIP) install -q --no-build-isolation -e '.[dev,examples]'
+	$(PYTHON) setup.py -q build_ext --inplace
+	@mkdir -p build && touch $(READY)
+
+demo: setup  ## train, compress and compare a small model on real images
+	$(PYTHON) examples/digits_demo.py
+
+test: setup  ## all tests, with native kernels and again with the reference
+	$(PYTHON) -m pytest
+	FXSLIM_KERNELS=reference $(PYTHON) -m pytest tests/kernels tests/cli
+
+check: setup  ## format, lint, types, floors, house rules
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(dir $(PYTHON))lint-imports
+	$(PYTHON) -m pytest tests/house -q
+
+bench: setup  ## kernels against torch's; writes a dated report
+	$(PYTHON) -m benchmarks.kernels.run
+
+abi: setup  ## one library on torch 2.11 and on the newest: builds, op tests, symbol table
+	$(PYTHON) fxslim_ext/checks/abi.py
+
+sanitize: setup  ## the CPU kernels under AddressSanitizer and UBSan
+	$(PYTHON) fxslim_ext/checks/sanitize.py
+
+clean:  ## what builds left behind (not the environment)
+	rm -rf build dist *.egg-info fxslim_ext/*.so
