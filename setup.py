@@ -20,7 +20,10 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("fxslim_ext/csrc")
 # The oldest torch that the libraries run on; they use no symbol that is newer.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CPU_FLAGS = "-std=c++20 -O3 -fPIC -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp-simd -fvisibility=hidden"
+CPU_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp-simd"
+)
 # Native code for these, and portable code (PTX) of the last one for whatever comes later.
 CUDA_ARCHITECTURES = ("75", "80", "90")
 
