@@ -14,7 +14,8 @@ endif
 INDEX := $(if $(FXSLIM_TORCH_INDEX),--index-url $(FXSLIM_TORCH_INDEX))
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := $(shell find fxslim_ext/csrc -type f)
-READY := build/ready
+VENV_READY := $(VENV)/ready
+READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
 .PHONY: help setup demo test check bench abi sanitize clean
 
@@ -23,16 +24,17 @@ help:
 
 setup: $(READY)  ## environment with torch, torchvision and this project
 
-$(VENV)/bin/python:
+$(VENV_READY):
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(CURDIR)/$(VENV)/bin/python -m pip --disable-pip-version-check install -q --upgrade pip 'setuptools>=77'
 	$(CURDIR)/$(VENV)/bin/python -m pip --disable-pip-version-check install -q $(INDEX) torch torchvision
+	@touch $(VENV_READY)
 
-$(READY): setup.py setup.cfg pyproject.toml $(SOURCES) $(if $(FXSLIM_PYTHON),,$(VENV)/bin/python)
+$(READY): setup.py setup.cfg pyproject.toml $(SOURCES) $(if $(FXSLIM_PYTHON),,$(VENV_READY))
 	$(PYTHON) -c "import torch, torchvision"
 	FXSLIM_EXT=off $(PIP) install -q --no-build-isolation -e '.[dev,examples]'
 	$(PYTHON) setup.py -q build_ext --inplace
-	@mkdir -p build && touch $(READY)
+	@mkdir -p build && rm -f build/ready-* && touch $(READY)
 
 demo: setup  ## train, compress and compare a small model on real images
 	$(PYTHON) examples/digits_demo.py

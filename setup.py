@@ -7,10 +7,12 @@ FXSLIM_EXT_FLAGS adds compiler flags.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("fxslim_ext/csrc")
+# The libraries use nothing of Python; only its free-threaded build can't say so.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # The oldest torch that the libraries run on; they use no symbol that is newer.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CPU_FLAGS = (
@@ -35,7 +39,7 @@ class LibraryError(Exception):
 def torch_folder():
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise LibraryError(
             f"torch can't be imported at build time ({error}); install it first and pass --no-build-isolation"
         ) from None
@@ -44,30 +48,46 @@ def torch_folder():
 
 def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [Path(home) / "bin" / "nvcc"] if home else []
-    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for nvcc in candidates:
-        if nvcc.is_file():
-            return str(nvcc)
-    raise LibraryError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
+        if nvcc and os.path.isfile(nvcc) and os.access(nvcc, os.X_OK):
+            return nvcc
+    raise LibraryError("nvcc was not found (CUDA_HOME; without it PATH and /usr/local/cuda)")
 
 
 def run(command):
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise LibraryError(f"{command[0]} can't be run: {error}") from None
     sys.stderr.write(result.stderr)
     if result.returncode != 0:
         raise LibraryError(f"{command[0]} failed:\n{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
 def supported_architectures(nvcc):
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
+    listed = run([nvcc, "--list-gpu-code"]).split()
+    architectures = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
+    if not architectures:
+        raise LibraryError(f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    return architectures
+
+
+def check_cuda_version(nvcc):
+    """A newer CUDA than torch's may ask for a newer driver than torch does."""
+    import torch
+
+    found = re.search(r"release (\d+)", run([nvcc, "--version"]))
+    if found and torch.version.cuda and int(found[1]) > int(torch.version.cuda.split(".")[0]):
+        raise LibraryError(f"{nvcc} is of CUDA {found[1]}, torch of {torch.version.cuda}")
 
 
 def compile_library(target, sources, compiler, link, libraries):
     """Compile each source on its own, two at a time, and link them."""
-    folder = Path("build/objects") / target.with_suffix("")
+    if not sources:
+        raise LibraryError(f"no sources for {target.name} under {SOURCES}")
+    folder = Path("build/objects", *target.with_suffix("").parts[target.is_absolute() :])
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / (source.stem + ".o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -85,14 +105,16 @@ def build_cpu(target):
     cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if cxx is None:
         raise LibraryError("no C++ compiler was found (CXX, c++, g++)")
+    cxx = shlex.split(cxx)
     extra = shlex.split(os.environ.get("FXSLIM_EXT_FLAGS", ""))
     include = ["-isystem", str(torch_folder() / "include")]
     flags = [*shlex.split(CPU_FLAGS), STABLE_ABI, *include, *extra]
-    compile_library(target, sorted((SOURCES / "cpu").glob("*.cpp")), [cxx, *flags], [cxx, *extra], ["-ltorch_cpu"])
+    compile_library(target, sorted((SOURCES / "cpu").glob("*.cpp")), [*cxx, *flags], [*cxx, *extra], ["-ltorch_cpu"])
 
 
 def build_cuda(target):
     nvcc = find_nvcc()
+    check_cuda_version(nvcc)
     architectures = supported_architectures(nvcc)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
@@ -137,7 +159,7 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("fxslim_ext.kernels", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("fxslim_ext.kernels", sources=[], py_limited_api=not FREE_THREADED)],
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -85,19 +85,28 @@ def as_parameter(value: Tensor | float, name: str, x: Tensor, axis: int | None, 
     """A per-tensor or per-channel parameter as a vector on x's device; a number stands for every channel."""
     count = 1 if axis is None else x.shape[axis]
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DtypeError(f"{name} must be a number or a Tensor, got {value!r}")
-        if dtype == torch.int32 and value != int(value):
-            raise ConfigError(f"{name}={value} must be a whole number")
-        value = torch.full((count,), value, dtype=dtype, device=x.device)
+        return torch.full((count,), _number(value, name, dtype), dtype=dtype, device=x.device)
     if value.device != x.device:
         raise ConfigError(f"{name} is on {value.device}, the input on {x.device}")
-    if value.dtype == torch.bool or value.dtype.is_complex:
-        raise DtypeError(f"{name} has dtype {value.dtype}")
+    if value.dtype == torch.bool or value.dtype.is_complex or (dtype == torch.int32 and value.is_floating_point()):
+        raise DtypeError(f"{name} has dtype {value.dtype}" + (", expected integers" if dtype == torch.int32 else ""))
     if value.numel() != count:
         where = "per tensor" if axis is None else f"axis={axis} of shape {tuple(x.shape)}"
         raise ConfigError(f"{name} has {value.numel()} values, expected {count} ({where})")
+    if value.dtype == torch.int64 and dtype == torch.int32:
+        value = value.clamp(-_MAX_GRID - 1, _MAX_GRID + 1)
     return value.reshape(count).to(dtype)
+
+
+def _number(value: float, name: str, dtype: torch.dtype) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DtypeError(f"{name} must be a number or a Tensor, got {value!r}")
+    if dtype == torch.int32:
+        if not -_MAX_GRID <= value <= _MAX_GRID or value != int(value):
+            raise ConfigError(f"{name}={value} must be a whole number in [-{_MAX_GRID}, {_MAX_GRID}]")
+    elif abs(value) > torch.finfo(dtype).max:
+        raise ConfigError(f"{name}={value} must be a finite number of {dtype}")
+    return value
 
 
 def check_values(values: Tensor, name: str, least: float, most: float) -> None:

@@ -17,6 +17,14 @@ _SPREAD = 0x0101010101010101
 _PICK = 0x8040201008040201 - (1 << 64)
 
 
+def no_mask(op_name: str) -> str:
+    """Text of the error for a backward without a mask."""
+    return (
+        f"fxslim::{op_name} ran without a clip mask (its input did not require grad when the call was made, or when "
+        "the graph was exported), so it has no backward: export with an input that requires grad"
+    )
+
+
 def walk(x: Tensor, channels_last: bool) -> Tensor:
     """The elements of x in the mask's order, as a vector."""
     if channels_last:

@@ -16,7 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
-from fxslim.kernels.clip_masks import pack_mask
+from fxslim.kernels.clip_masks import no_mask, pack_mask
 from fxslim.kernels.quantization_grid import quantize_on_grid
 
 torch.library.define(
@@ -58,7 +58,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
     if not ctx.has_mask:
-        raise ConfigError("fxslim::fake_quantize was called with save_mask=False: it has no backward")
+        raise ConfigError(no_mask("fake_quantize"))
     (mask,) = ctx.saved_tensors
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 7
 

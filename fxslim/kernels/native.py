@@ -17,6 +17,8 @@ from fxslim.errors import ConfigError, unknown_name
 logger = logging.getLogger(__name__)
 
 _CHOICES = ("auto", "native", "reference")
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _reasons: dict[str, str] = {}
 
 
@@ -38,14 +40,20 @@ def _attach_one(device: str, folder: Path | None) -> str:
         return "fxslim_ext is not installed"
     path = folder / f"fxslim_{device}.so"
     if not path.is_file():
-        return f"{path.name} was not built (see 'Building the kernels' in README.md)"
+        return f"{path} was not built (see 'Building the kernels' in README.md)"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         reason = f"{path} does not load: {error.__cause__ or error}"
         logger.warning("%s kernels: reference, because %s", device, reason)
         return reason
+    if not any(_is_attached(name, device) for name in operator_names()):
+        return f"{path} holds no kernels"
     return ""
+
+
+def _is_attached(op_name: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fxslim::{op_name}", _KEYS[device])
 
 
 def attach_libraries() -> None:
@@ -53,6 +61,9 @@ def attach_libraries() -> None:
     choice = os.environ.get("FXSLIM_KERNELS", "auto")
     if choice not in _CHOICES:
         raise ConfigError("FXSLIM_KERNELS: " + unknown_name("choice", choice, _CHOICES))
+    instruction_set = os.environ.get("FXSLIM_CPU", "avx512")
+    if instruction_set not in _INSTRUCTION_SETS:
+        raise ConfigError("FXSLIM_CPU: " + unknown_name("instruction set", instruction_set, _INSTRUCTION_SETS))
     folder = _library_folder() if choice != "reference" else None
     for device in ("cpu", "cuda"):
         forced = "FXSLIM_KERNELS=reference" if choice == "reference" else ""
@@ -77,7 +88,6 @@ def implementation(op_name: str, device: str) -> tuple[str, str]:
     """
     if device not in _reasons:
         return "reference", f"no native kernels for {device}"
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fxslim::{op_name}", key):
+    if _is_attached(op_name, device):
         return "native", ""
     return "reference", _reasons[device] or f"the {device} library has no {op_name}"

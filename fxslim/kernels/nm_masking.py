@@ -12,6 +12,8 @@ torch.library.define("fxslim::nm_mask", "(Tensor weight, int n, int m, int axis,
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Above this group size comparing all pairs costs more than sorting.
 _MAX_PAIRWISE = 32
+# The CUDA kernel reads a whole group for each element: larger groups are sorted by the reference.
+_MAX_CUDA_GROUP = 1024
 # Groups compared at once: few enough for the cache.
 _CHUNK = 1 << 17
 
@@ -78,9 +80,13 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: int = 1) -> Tensor:
     for name, value in (("n", n), ("m", m)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise DtypeError(f"{name} must be an int, got {value!r}")
-    if not 1 <= n <= m:
+    if not 1 <= n <= m < 2**62:
         raise ConfigError(f"n={n}, m={m}: n kept of m needs 1 <= n <= m")
     if weight.dim() == 0:
         raise ConfigError("weight has no dimensions: there is no axis to group along")
+    if axis is None:
+        raise DtypeError("axis must be an int, got None")
     axis = check_axis(axis, weight) or 0
+    if weight.is_cuda and min(m, weight.shape[axis]) > _MAX_CUDA_GROUP:
+        return _reference(weight.detach(), n, m, axis, lies_channels_last(weight))
     return torch.ops.fxslim.nm_mask(weight.detach(), n, m, axis, lies_channels_last(weight))

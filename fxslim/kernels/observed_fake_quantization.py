@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from fxslim.errors import ConfigError
+from fxslim.errors import ConfigError, DtypeError
 from fxslim.kernels.arguments import (
     as_parameter,
     check_axis,
@@ -15,7 +15,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
-from fxslim.kernels.clip_masks import pack_mask
+from fxslim.kernels.clip_masks import no_mask, pack_mask
 from fxslim.kernels.observation import min_max_reference
 from fxslim.kernels.quantization_grid import grid_from_range, quantize_on_grid
 
@@ -29,7 +29,8 @@ torch.library.define(
 
 def _updated(old: Tensor, now: Tensor, averaging: float | None, smaller: bool) -> Tensor:
     if averaging is None:
-        return torch.minimum(old, now) if smaller else torch.maximum(old, now)
+        # Adding 0 turns -0.0 into 0.0.
+        return (torch.minimum(old, now) if smaller else torch.maximum(old, now)) + 0.0
     if averaging == 1.0:
         return now
     return torch.where(torch.isinf(old), now, old + (now - old) * averaging)
@@ -86,7 +87,7 @@ def _backward(ctx, grad: Tensor, *_):  # type: ignore[no-untyped-def]
     if ctx.identity:
         return grad, *[None] * 9
     if not ctx.has_mask:
-        raise ConfigError("fxslim::observe_fake_quantize was called with save_mask=False: it has no backward")
+        raise ConfigError(no_mask("observe_fake_quantize"))
     (mask,) = ctx.saved_tensors
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 9
 
@@ -110,8 +111,9 @@ def observe_fake_quantize(
     The new range is ``old + averaging * (observed - old)``; an infinite old value means nothing was
     observed yet. ``averaging=1.0`` forgets the past, ``None`` keeps running extrema. The new range is
     returned, not stored. With ``averaging=1.0, symmetric=True`` nothing is ever clipped and the gradient
-    is the identity; otherwise it is 0 where the grid clipped. An empty x leaves the range as it was.
-    NaN or infinity in the data reaches range, scale and result as NaN.
+    is the identity, whatever the data; otherwise it is 0 where the grid clipped. An empty x leaves the
+    range as it was. NaN or infinity in the data (or a range too wide for its dtype) makes scale and result
+    NaN.
 
     >>> nothing = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
     >>> observe_fake_quantize(torch.tensor([-1.0, 2.0]), *nothing, -128, 127, averaging=1.0)[3]
@@ -120,6 +122,8 @@ def observe_fake_quantize(
     check_input(x)
     axis = check_axis(axis, x)
     check_grid(quant_min, quant_max)
+    if averaging is not None and (isinstance(averaging, bool) or not isinstance(averaging, int | float)):
+        raise DtypeError(f"averaging must be a number or None, got {averaging!r}")
     if averaging is not None and not 0.0 < averaging <= 1.0:
         raise ConfigError(f"averaging={averaging} must be in (0, 1], or None for running extrema")
     if symmetric:

@@ -49,7 +49,8 @@ struct Averaging {
 
   template <class M>
   FXSLIM_BOTH Range<M> update(const Range<M>& old, const Range<M>& now) const {
-    if (extrema) return {smaller(old.low, now.low), -smaller(-old.high, -now.high)};
+    // Adding 0 turns -0.0 into 0.0.
+    if (extrema) return {smaller(old.low, now.low) + M(0), -smaller(-old.high, -now.high) + M(0)};
     return {average(old.low, now.low), average(old.high, now.high)};
   }
 };

@@ -33,7 +33,7 @@ def test_reference_is_said_with_its_reason() -> None:
 def test_missing_library_is_said(tmp_path) -> None:
     result = run_doctor(FXSLIM_EXT_DIR=str(tmp_path), FXSLIM_KERNELS="auto")
     assert kinds(result.stdout, "nm_mask")[0] == "reference"
-    assert "fxslim_cpu.so was not built (see 'Building the kernels' in README.md)" in result.stdout
+    assert f"{tmp_path}/fxslim_cpu.so was not built (see 'Building the kernels' in README.md)" in result.stdout
 
 
 def test_damaged_library_is_a_warning_and_the_reference(tmp_path) -> None:
@@ -47,7 +47,7 @@ def test_damaged_library_is_a_warning_and_the_reference(tmp_path) -> None:
 def test_native_that_is_not_there_is_an_error(tmp_path) -> None:
     result = run_doctor(FXSLIM_EXT_DIR=str(tmp_path), FXSLIM_KERNELS="native")
     assert result.returncode != 0
-    assert "ConfigError: FXSLIM_KERNELS=native, but fxslim_cpu.so was not built" in result.stderr
+    assert f"ConfigError: FXSLIM_KERNELS=native, but {tmp_path}/fxslim_cpu.so was not built" in result.stderr
 
 
 def test_misspelt_choice_names_the_nearest() -> None:
@@ -60,3 +60,7 @@ def test_unknown_command_exits_with_2(capsys) -> None:
         main(["docter"])
     assert caught.value.code == 2
     assert "doctor" in capsys.readouterr().err
+
+
+def test_misspelt_instruction_set_is_an_error() -> None:
+    assert "unknown instruction set 'avx'; did you mean" in run_doctor(FXSLIM_CPU="avx").stderr

@@ -11,6 +11,7 @@
 namespace fxslim {
 
 constexpr int64_t kPiece = 1 << 16;
+constexpr int64_t kMaxTables = 32;
 
 // Where runs of one channel are short, a piece is accumulated into a table of whole periods.
 struct ReductionShape {
@@ -23,7 +24,9 @@ struct ReductionShape {
     const int64_t period = std::max<int64_t>(walk.period(), 1);
     spread = walk.channels > 1 && walk.inner < 32;
     table = spread ? period * std::max<int64_t>(1, 1024 / period) : 1;
-    piece = spread ? table * std::max<int64_t>(1, kPiece / table) : kPiece;
+    // At most kMaxTables tables are alive at once, however wide they are.
+    const int64_t rows = std::max(kPiece / table, (walk.numel() / table + kMaxTables - 1) / kMaxTables);
+    piece = spread ? table * std::max<int64_t>(1, rows) : kPiece;
     pieces = ((spread ? walk.numel() : walk.inner) + piece - 1) / piece;
   }
 };

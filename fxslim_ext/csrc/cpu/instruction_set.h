@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FXSLIM_X86 1
+#include <cpuid.h>
 #define FXSLIM_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define FXSLIM_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")))
@@ -23,12 +24,13 @@ enum class InstructionSet { portable = 0, avx2 = 1, avx512 = 2 };
 inline InstructionSet detect_instruction_set() {
 #if FXSLIM_X86
   __builtin_cpu_init();
+  // Older compilers know no "f16c" here.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("f16c"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c)
     return InstructionSet::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c)
     return InstructionSet::avx2;
 #endif
   return InstructionSet::portable;

@@ -34,22 +34,7 @@ FXSLIM_INLINE inline void rank_groups(
 }
 
 template <class Key>
-void rank_large_groups(const Key* keys, uint8_t* kept, int64_t groups, int64_t n, int64_t m) {
-  std::vector<int64_t> order(m);
-  for (int64_t g = 0; g < groups; ++g) {
-    std::iota(order.begin(), order.end(), int64_t(0));
-    const auto before = [&](int64_t a, int64_t b) {
-      const Key ka = keys[a * kLanes + g], kb = keys[b * kLanes + g];
-      return ka != kb ? ka > kb : a < b;
-    };
-    std::nth_element(order.begin(), order.begin() + (n - 1), order.end(), before);
-    for (int64_t k = 0; k < m; ++k) kept[order[k] * kLanes + g] = k < n;
-  }
-}
-
-template <class Key>
 void rank_any(const Key* keys, uint8_t* kept, int64_t groups, int64_t n, int64_t m) {
-  if (m > kMaxPairwise) return rank_large_groups(keys, kept, groups, n, m);
   const int few = static_cast<int>(n), many = static_cast<int>(m);
   for_best_cpu([&]() FXSLIM_INLINE {
     switch (many) {
@@ -109,8 +94,36 @@ void mask_columns(
   for (int64_t j = 0; j < m; ++j) std::memcpy(mask + j * stride, kept + j * kLanes, lanes);
 }
 
+// One group of any size, `stride` between its members: a selection instead of all pairs.
+template <class Key>
+void mask_large_group(
+    const Key* w, uint8_t* mask, int64_t stride, int64_t n, int64_t m, Key* keys, std::vector<int64_t>& order) {
+  constexpr Key magnitude = static_cast<Key>(~(Key(1) << (8 * sizeof(Key) - 1)));
+  for (int64_t j = 0; j < m; ++j) keys[j] = w[j * stride] & magnitude;
+  std::iota(order.begin(), order.begin() + m, int64_t(0));
+  const auto before = [&](int64_t a, int64_t b) { return keys[a] != keys[b] ? keys[a] > keys[b] : a < b; };
+  std::nth_element(order.begin(), order.begin() + (n - 1), order.begin() + m, before);
+  for (int64_t k = 0; k < m; ++k) mask[order[k] * stride] = k < n;
+}
+
+template <class Key>
+void mask_rows_of_large_groups(
+    const Key* w, uint8_t* mask, const Walk& walk, int64_t n, int64_t m, int64_t first, int64_t last) {
+  std::vector<Key> keys(m);
+  std::vector<int64_t> order(m);
+  for (int64_t o = first; o < last; ++o)
+    for (int64_t c = 0; c < walk.channels; c += m) {
+      const int64_t members = std::min(m, walk.channels - c), most = std::min(n, members);
+      for (int64_t i = 0; i < walk.inner; ++i) {
+        const int64_t at = (o * walk.channels + c) * walk.inner + i;
+        mask_large_group(w + at, mask + at, walk.inner, most, members, keys.data(), order);
+      }
+    }
+}
+
 template <class Key>
 void mask_rows(const Key* w, uint8_t* mask, const Walk& walk, int64_t n, int64_t m, int64_t first, int64_t last) {
+  if (m > kMaxPairwise) return mask_rows_of_large_groups(w, mask, walk, n, m, first, last);
   std::vector<Key> keys(m * kLanes);
   std::vector<uint8_t> kept(m * kLanes);
   const int64_t full = walk.channels / m, tail = walk.channels % m;
