@@ -3,6 +3,7 @@
 
 from fxslim import kernels as kernels
 from fxslim import schedules as schedules
+from fxslim.checkpoint.plan_files import load_plan as load_plan
 from fxslim.errors import CalibrationError as CalibrationError
 from fxslim.errors import CheckpointError as CheckpointError
 from fxslim.errors import ConfigError as ConfigError
@@ -12,4 +13,13 @@ from fxslim.errors import FxslimError as FxslimError
 from fxslim.errors import PlanError as PlanError
 from fxslim.errors import TraceError as TraceError
 from fxslim.errors import UnsupportedLayerError as UnsupportedLayerError
+from fxslim.graph.channel_graph import ChannelGraph as ChannelGraph
+from fxslim.graph.channel_graph import trace as trace
+from fxslim.graph.cost import Cost as Cost
+from fxslim.graph.groups import ChannelGroup as ChannelGroup
+from fxslim.graph.inputs import Inputs as Inputs
+from fxslim.plan.applied_plans import applied as applied
+from fxslim.pruning.planning import plan_pruning as plan_pruning
+from fxslim.pruning.planning import prune as prune
+from fxslim.pruning.pruning_plan import PruningPlan as PruningPlan
 from fxslim.version import __version__ as __version__

@@ -50,7 +50,8 @@ def test_source_archive_has_the_sources(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "FXSLIM_EXT": "off"})
     (archive,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "fxslim_ext/csrc").rglob("*") if p.is_file()}
     assert sources <= names
     assert "fxslim/kernels/native.py" in names

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads plans of any kind from files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fxslim.errors import CheckpointError, unknown_name
+from fxslim.pruning.pruning_plan import PruningPlan
+
+_KINDS = {"pruning": PruningPlan}
+
+
+def plan_from_dict(data: Any) -> PruningPlan:
+    """The plan that a plan's ``to_dict`` wrote."""
+    if not isinstance(data, dict) or "kind" not in data:
+        raise CheckpointError("this is no plan of fxslim: it has no 'kind'")
+    if data["kind"] not in _KINDS:
+        raise CheckpointError(unknown_name("kind of plan", str(data["kind"]), _KINDS))
+    return _KINDS[data["kind"]].from_dict(data)
+
+
+def load_plan(path: str | Path) -> PruningPlan:
+    """The plan that ``plan.save(path)`` wrote."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read as a plan: {type(error).__name__}: {error}") from error
+    try:
+        return plan_from_dict(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trace``: which channels of a model belong together, what is frozen and why, what everything costs."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import fxslim.graph.rules as _registered  # noqa: F401
+from fxslim.errors import ConfigError, TraceError, UnsupportedLayerError, unknown_name
+from fxslim.graph.cost import Cost
+from fxslim.graph.groups import ChannelGroup, ResolvedLabels
+from fxslim.graph.inputs import Inputs, as_inputs
+from fxslim.graph.propagation import Propagation
+from fxslim.graph.recording import record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelGraph:
+    """Groups of channels, frozen layers with their reasons, and the cost of each layer."""
+
+    groups: list[ChannelGroup]
+    cost: Cost
+    resolved: ResolvedLabels
+    state_shapes: dict[str, tuple[int, ...]]
+    not_reached: list[str]
+    notes: tuple[str, ...] = ()
+
+    def _group_of(self, layer: str, role: str) -> list[ChannelGroup]:
+        return [g for g in self.groups if layer in g.layers(role, "depthwise")]
+
+    def _check_layer(self, layer: str) -> None:
+        known = sorted({name.rpartition(".")[0] for name in self.state_shapes})
+        if layer not in known:
+            raise ConfigError(unknown_name("layer", layer, known))
+
+    def parents(self, layer: str) -> list[str]:
+        """Layers that make the channels which this layer reads."""
+        self._check_layer(layer)
+        found = [p for g in self.groups if layer in g.layers("consumer") for p in g.layers("producer")]
+        return list(dict.fromkeys(found))
+
+    def children(self, layer: str) -> list[str]:
+        """Layers that read the channels which this layer makes."""
+        self._check_layer(layer)
+        found = [c for g in self.groups if layer in g.layers("producer") for c in g.layers("consumer")]
+        return list(dict.fromkeys(found))
+
+    def explain(self, layer: str) -> str:
+        """Why the output channels of a layer can be removed, or why not."""
+        self._check_layer(layer)
+        lines = [str(group) for group in self.groups if layer in group.layers("producer", "depthwise")]
+        for slot in self.resolved.slots:
+            if slot.name.rpartition(".")[0] == layer and slot.role == "producer":
+                reasons = Counter(
+                    self.resolved.reasons[c] for c in self.resolved.of(slot).tolist() if self.resolved.frozen[c]
+                )
+                lines += [f"{layer}: {count} of {len(slot.ids)} channels stay: {why}" for why, count in reasons.items()]
+        if any(name.rpartition(".")[0] == layer for name in self.not_reached):
+            lines.append(f"{layer}: stays: not reached by the example inputs")
+        return "\n".join(lines) or f"{layer}: makes no channels of its own"
+
+    def frozen_layers(self) -> dict[str, str]:
+        """Layers that make channels of which none is free, with the reason."""
+        frozen = {}
+        for slot in self.resolved.slots:
+            classes = self.resolved.of(slot)
+            if slot.role == "producer" and self.resolved.frozen[classes].all():
+                frozen[slot.name.rpartition(".")[0]] = self.resolved.reasons[int(classes[0])]
+        return frozen
+
+    def report(self) -> str:
+        """The groups, and what is frozen and why, as text."""
+        lines = [f"{self.cost}", f"{len(self.groups)} groups, {sum(map(len, self.groups))} removable channels", ""]
+        lines += [f"  {group}" for group in self.groups]
+        frozen = self.frozen_layers()
+        lines += ["", f"{len(frozen)} layers keep all their channels"] if frozen else []
+        lines += [f"  {layer}: {why}" for layer, why in frozen.items()]
+        lines += [f"  {name}: not reached by the example inputs" for name in self.not_reached]
+        return "\n".join([*lines, *self.notes])
+
+    def __str__(self) -> str:
+        return self.report()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{g.name}</td><td>{len(g)}</td><td>{', '.join(g.layers())}</td></tr>" for g in self.groups
+        )
+        return f"<table><tr><th>group</th><th>channels</th><th>layers</th></tr>{rows}</table>"
+
+
+def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
+    """Record the model on example inputs and find its groups of channels.
+
+    >>> from torch import nn, randn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> print(trace(net, randn(1, 3, 8, 8)).groups[0])
+    0: 8 channels | makes 0.weight[0] | reads 2.weight[1] | with 0.bias[0]
+    """
+    refuse_wrapped(model)
+    propagation = Propagation(model)
+    examples = as_inputs(inputs)
+    propagation.run(record(model, examples[0]))
+    # The cost is that of one forward on the first example.
+    calls = tuple(propagation.calls)
+    for example in examples[1:]:
+        propagation.run(record(model, example))
+    notes = _record_training(model, propagation, examples[0])
+    resolved = ResolvedLabels(propagation)
+    shapes = {name: tuple(state.shape) for name, state in propagation.states.items()}
+    weights = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    return ChannelGraph(
+        groups=resolved.groups(),
+        cost=Cost(
+            calls=calls,
+            state_shapes=shapes,
+            element_sizes={name: state.element_size() for name, state in propagation.states.items()},
+            parameter_names=frozenset(name for name, _ in model.named_parameters()),
+        ),
+        resolved=resolved,
+        state_shapes=shapes,
+        notes=tuple(notes),
+        not_reached=[name for name in weights if name not in propagation.reached],
+    )
+
+
+def _record_training(model: nn.Module, propagation: Propagation, example: Inputs) -> list[str]:
+    """Where the eval forward left parameters out, they may be on a path of training only (auxiliary heads)."""
+    if all(name in propagation.reached for name, _ in model.named_parameters()):
+        return []
+
+    def at_least_two(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
+
+    doubled = Inputs(*tree_map(at_least_two, example.args), **tree_map(at_least_two, example.kwargs))
+    try:
+        propagation.run(record(model, doubled, training=True))
+    except TraceError as error:
+        return [f"the training forward could not be recorded: {error}"]
+    return []
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise for wrappers whose parameters can not be replaced under them."""
+    if (
+        isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        or type(model).__name__ == "FullyShardedDataParallel"
+    ):
+        raise UnsupportedLayerError(f"{type(model).__name__}: apply before wrapping, on the module inside")
+
+
+def kept_entries(graph: ChannelGraph, keep: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    """For each slot that loses entries the indices that stay, given which classes stay."""
+    kept = {}
+    for slot in graph.resolved.slots:
+        stays = keep[graph.resolved.of(slot)]
+        if not stays.all():
+            kept[slot.key] = np.flatnonzero(stays)
+    return kept

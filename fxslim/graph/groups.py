@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups: channels of several layers that can only be removed together."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxslim.graph.labels import FIXED, Ids
+from fxslim.graph.propagation import Propagation
+from fxslim.graph.slots import Slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelGroup:
+    """Channels that live in the same places: ``channels`` are their classes, ``slots`` the places.
+
+    conv1 -> bn1 -> conv2 with 64 channels between them is one group of 64: removing channel i cuts filter i
+    of conv1, entry i of bn1, and input i of conv2. It prints as
+
+        conv1: 64 channels | makes conv1.weight[0] | reads conv2.weight[1] | with bn1.weight[0], ...
+    """
+
+    name: str
+    channels: Ids
+    slots: tuple[Slot, ...]
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {len(self)} channels"]
+        for verb, roles in (("makes", ("producer",)), ("reads", ("consumer",)), ("with", ("follower", "depthwise"))):
+            places = [f"{slot.name}[{slot.dim}]" for slot in self.slots if slot.role in roles]
+            shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+            if places:
+                parts.append(f"{verb} {shown}")
+        return " | ".join(parts)
+
+    def layers(self, *roles: str) -> list[str]:
+        """Names of the layers that hold the group's slots."""
+        chosen = (slot.name.rpartition(".")[0] for slot in self.slots if not roles or slot.role in roles)
+        return list(dict.fromkeys(chosen))
+
+
+class ResolvedLabels:
+    """Labels after unification: the class of each label, which classes are frozen and why."""
+
+    def __init__(self, propagation: Propagation) -> None:
+        self.slots = list(propagation.slots.values())
+        self.classes = propagation.space.classes()
+        self.reasons: dict[int, str] = {FIXED: "not a channel"}
+        for freeze in propagation.space.freezes:
+            for found in np.unique(self.classes[freeze.ids]).tolist():
+                self.reasons.setdefault(found, freeze.reason)
+        if propagation.space.count > 1:
+            self.reasons[FIXED] = "combined with values that are no channels"
+        self.frozen = np.zeros(len(self.classes), dtype=bool)
+        self.frozen[list(self.reasons)] = True
+        self.balances = [self.classes[balance.rows] for balance in propagation.space.balances]
+
+    def of(self, slot: Slot) -> Ids:
+        """The class of each entry of a slot."""
+        return self.classes[slot.ids]
+
+    def groups(self) -> list[ChannelGroup]:
+        """Free classes, grouped by the set of slots that they live in, in the order of the forward."""
+        signature = np.zeros(len(self.classes), dtype=np.uint64)
+        random = np.random.default_rng(0).integers(1, 2**63, size=len(self.slots), dtype=np.uint64)
+        produced = np.zeros(len(self.classes), dtype=bool)
+        for slot, word in zip(self.slots, random, strict=True):
+            np.add.at(signature, self.of(slot), word)
+            if slot.role == "producer":
+                produced[self.of(slot)] = True
+        free = np.flatnonzero(produced & ~self.frozen)
+        groups, names = [], dict[str, int]()
+        order, inverse = np.unique(signature[free], return_inverse=True)
+        for members in sorted((free[inverse == i] for i in range(len(order))), key=lambda m: m[0]):
+            inside = np.zeros(len(self.classes), dtype=bool)
+            inside[members[0]] = True
+            slots = tuple(slot for slot in self.slots if inside[self.of(slot)].any())
+            name = next(slot.name.rpartition(".")[0] for slot in slots if slot.role == "producer")
+            names[name] = names.get(name, 0) + 1
+            unique = name if names[name] == 1 else f"{name}#{names[name]}"
+            groups.append(ChannelGroup(name=unique, channels=members, slots=slots))
+        return groups
+
+
+def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]) -> tuple[list[list[int]], set[int]]:
+    """Sets of channels that can be removed together, lowest rank first; and the channels that never can.
+
+    A channel without constraints is a set of its own. Otherwise the lowest channels of the other rows join
+    until all rows of each constraint lose equally many.
+    """
+    rows_of: dict[int, list[tuple[int, int]]] = {}
+    waiting: dict[tuple[int, int], list[int]] = {}
+    ranked = list(ranked)
+    place = {channel: i for i, channel in enumerate(ranked)}
+    for b, rows in enumerate(balances):
+        for r, row in enumerate(rows):
+            for channel in row.tolist():
+                rows_of.setdefault(channel, []).append((b, r))
+            members = {c for c in row.tolist() if c in place and not frozen[c]}
+            waiting[b, r] = sorted(members, key=lambda c: -place[c])
+    removed: set[int] = set()
+    stuck: set[int] = set()
+    steps = []
+    for channel in ranked:
+        if channel in removed or channel in stuck:
+            continue
+        step = _equalised(channel, removed | stuck, rows_of, waiting, balances)
+        if step is None:
+            stuck.add(channel)
+            continue
+        removed.update(step)
+        steps.append(step)
+    return steps, stuck
+
+
+def _equalised(
+    first: int,
+    gone: set[int],
+    rows_of: dict[int, list[tuple[int, int]]],
+    waiting: dict[tuple[int, int], list[int]],
+    balances: list[Ids],
+) -> list[int] | None:
+    """The first channel and those that must go with it; None where rows can't be made equal."""
+    step = [first]
+    lost: dict[int, np.ndarray] = {}
+
+    def take(channel: int) -> None:
+        for b, r in rows_of.get(channel, ()):
+            lost.setdefault(b, np.zeros(len(balances[b]), dtype=np.int64))[r] += 1
+
+    take(first)
+    while True:
+        uneven = next((b for b, counts in lost.items() if counts.min() != counts.max()), None)
+        if uneven is None:
+            return step
+        row = waiting[uneven, int(lost[uneven].argmin())]
+        while row and row[-1] in gone:
+            row.pop()
+        choice = next((c for c in reversed(row) if c not in gone and c not in step), None)
+        if choice is None:
+            return None
+        step.append(choice)
+        take(choice)

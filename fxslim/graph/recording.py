@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real forward, written down operator by operator.
+
+A dispatch mode sees every ATen operator that runs, so Python control flow and data-dependent sizes are
+resolved by the real values. Parameters and buffers are known by identity. Nothing of the model is
+changed: mode, buffers and random state are restored.
+"""
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxslim.errors import TraceError
+from fxslim.graph.inputs import Inputs
+
+
+class _CurrentFunction(TorchFunctionMode):
+    """Remembers which torch function the user's code is in: ATen no longer tells chunk from split."""
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.stack.append(getattr(func, "__name__", str(func)))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.stack.pop()
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes each executed operator into an fx.Graph."""
+
+    def __init__(self, model: nn.Module, functions: _CurrentFunction, module_stack: list[str]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.states = {id(t): name for name, t in named_states(model)}
+        self.functions = functions
+        self.module_stack = module_stack
+
+    def node_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value if isinstance(value, int | float | bool | str | type(None)) else repr(value)
+        if value not in self.nodes:
+            name = self.states.get(id(value))
+            node = self.graph.create_node("get_attr", name) if name else self.graph.placeholder("constant")
+            self._remember(node, value)
+        return self.nodes[value]
+
+    def _remember(self, node: fx.Node, value: Tensor) -> None:
+        node.meta["shape"] = tuple(value.shape)
+        self.nodes[value] = node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_view = func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0]._is_view()
+        inputs = tree_map(self.node_of, (args, kwargs))
+        result = func(*args, **kwargs)
+        node = self.graph.call_function(func, inputs[0], inputs[1])
+        node.meta["function"] = self.functions.stack[-1] if self.functions.stack else ""
+        node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
+        node.meta["mutates_view"] = bool(is_view)
+        if isinstance(result, Tensor):
+            self._remember(node, result)
+        elif isinstance(result, tuple | list):
+            node.meta["shape"] = None
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
+        return result
+
+
+class Recording:
+    """The graph of one forward, and the nodes of the model's inputs and outputs."""
+
+    def __init__(self, graph: fx.Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+
+def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by their first name, tied ones once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set train or eval mode; afterwards modes, buffers and random state are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model.train(training)
+        with torch.random.fork_rng(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in saved:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:
+    """Run the model once and write down what it executes."""
+    functions, module_stack = _CurrentFunction(), list[str]()
+    recorder = _Recorder(model, functions, module_stack)
+    given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
+    input_nodes = []
+    for value in given:
+        node = recorder.graph.placeholder("input")
+        recorder._remember(node, value)
+        input_nodes.append(node)
+    with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, module_stack):
+        try:
+            with functions, recorder:
+                outputs = inputs.run(model)
+        except Exception as error:
+            mode = "train" if training else "eval"
+            raise TraceError(
+                f"the model's own forward failed while it was recorded in {mode} mode with {inputs}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    leaves = [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+    if not leaves:
+        raise TraceError(f"the model returned no tensor for {inputs}, but {type(outputs).__name__}")
+    return Recording(recorder.graph, input_nodes, [recorder.nodes[v] for v in leaves if v in recorder.nodes])

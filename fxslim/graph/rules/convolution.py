@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions: plain, grouped, depthwise, transposed."""
+
+import math
+
+import numpy as np
+from torch import fx
+
+from fxslim.graph.labels import Ids, Labels, along
+from fxslim.graph.propagation import Propagation, as_int, rule
+from fxslim.graph.slots import LayerCall
+
+
+@rule("convolution")
+def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Consumes the input's channels, makes fresh ones; depthwise passes them on."""
+    x, weight, bias = (propagation.labels(node.args[0]), *map(propagation.state_name, node.args[1:3]))
+    transposed, groups = bool(node.args[6]), as_int(node.args[8])
+    if weight is None or x is None:
+        return propagation.freeze_inputs(node, "the weight of a convolution is computed")
+    channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
+    if any(d != channel for d in x.varying):
+        return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
+    line, shape = x.vector(channel), node.meta["shape"]
+    depthwise = groups > 1 and groups == len(line) == shape[channel]
+    if depthwise:
+        out = _depthwise(propagation, weight, line)
+    elif groups == 1:
+        out = _plain(propagation, weight, line, transposed)
+    elif transposed:
+        return propagation.freeze_inputs(node, "grouped transposed convolution")
+    else:
+        out = _grouped(propagation, node, weight, line, groups)
+    if bias is not None:
+        propagation.slot(bias, 0, out)
+    _count(propagation, node, weight, x, transposed, depthwise)
+    return along(shape, channel, out)
+
+
+def _plain(propagation: Propagation, weight: str, line: Ids, transposed: bool) -> Ids:
+    propagation.slot(weight, 0 if transposed else 1, line, role="consumer")
+    return propagation.slot(weight, 1 if transposed else 0, role="producer").ids
+
+
+def _depthwise(propagation: Propagation, weight: str, line: Ids) -> Ids:
+    propagation.slot(weight, 0, line, role="depthwise")
+    return line
+
+
+def _grouped(propagation: Propagation, node: fx.Node, weight: str, line: Ids, groups: int) -> Ids:
+    where = node.meta["module"]
+    propagation.slot(weight, 1, line, blocks=groups, role="consumer")
+    out = propagation.slot(weight, 0, role="producer").ids
+    propagation.space.balance(line.reshape(groups, -1), f"{groups} groups read by {where}")
+    propagation.space.balance(out.reshape(groups, -1), f"{groups} groups made by {where}")
+    return out
+
+
+def _count(propagation: Propagation, node: fx.Node, weight: str, x: Labels, transposed: bool, depthwise: bool) -> None:
+    spatial = x.shape[2:] if transposed else node.meta["shape"][2:]
+    macs = math.prod(propagation.states[weight].shape) * int(np.prod(spatial))
+    factors = ((weight, 0),) if depthwise else ((weight, 0), (weight, 1))
+    name = node.meta["module"] or weight.rpartition(".")[0]
+    propagation.calls.append(LayerCall(name=name, kind="conv", macs=macs, factors=factors))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators that work on each element by itself."""
+
+from torch import fx
+
+from fxslim.graph.labels import Labels, fixed
+from fxslim.graph.propagation import Propagation, combined, results_without_channels, rule
+
+UNARY = """
+relu relu6 gelu sigmoid hardsigmoid tanh silu hardswish hardtanh leaky_relu elu celu selu mish softplus softsign
+threshold logsigmoid abs neg exp log sqrt rsqrt sin cos square reciprocal sign floor ceil round clamp clamp_min
+clamp_max clone contiguous detach alias lift_fresh _to_copy to dropout native_dropout feature_dropout bernoulli
+zeros_like ones_like empty_like full_like rand_like randn_like nan_to_num logical_not bitwise_not fill zero erf
+log1p expm1 isnan trunc positive
+""".split()
+
+COMBINING = """
+add sub mul div rsub maximum minimum pow where lerp addcmul addcdiv eq ne lt le gt ge logical_and logical_or
+logical_xor fmod remainder copy atan2 masked_fill floor_divide true_divide
+""".split()
+
+FACTORIES = """
+empty zeros ones full arange linspace scalar_tensor rand randn new_empty new_zeros new_ones new_full eye
+""".split()
+
+
+@rule(*UNARY)
+def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """The labels of the first argument."""
+    labels = propagation.labels(node.args[0])
+    if labels is None:
+        return results_without_channels(node)
+    if node.meta["shape"] is None:
+        return [labels, labels]
+    return labels
+
+
+@rule(*COMBINING)
+def combine(propagation: Propagation, node: fx.Node) -> Labels:
+    """Labels of the operands, unified."""
+    operands = [labels for value in node.args if (labels := propagation.labels(value)) is not None]
+    return combined(propagation, node, operands, node.meta["shape"])
+
+
+@rule(*FACTORIES)
+def create(propagation: Propagation, node: fx.Node) -> Labels:
+    """A new tensor has no channels."""
+    return fixed(node.meta["shape"])

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators that mix pixels: pools, upsampling, reductions, padding."""
+
+import numpy as np
+from torch import fx
+
+from fxslim.graph.labels import FIXED, Labels, compressed, fixed
+from fxslim.graph.propagation import Propagation, as_int, results_without_channels, rule
+
+POOLS = """
+max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+avg_pool3d adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
+upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+fractional_max_pool2d
+""".split()
+
+
+@rule(*POOLS)
+def pool(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Channels stay what they are."""
+    x = propagation.labels(node.args[0])
+    if x is None:
+        return results_without_channels(node)
+    results = results_without_channels(node)
+    shapes = [r.shape for r in results] if isinstance(results, list) else [results.shape]
+    if any(d > len(x.shape) - 3 and x.shape[d] != 1 for d in x.varying if d >= 2):
+        return propagation.freeze_inputs(node, "pixels of a labelled dim are mixed")
+    several = [Labels(shape=shape, ids=x.ids) for shape in shapes]
+    return several if isinstance(results, list) else several[0]
+
+
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "var_mean",
+    "prod",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+)
+def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Reducing pixels keeps channels; reducing channels freezes them."""
+    x = propagation.labels(node.args[0])
+    results = results_without_channels(node)
+    if x is None or isinstance(results, list):
+        return propagation.freeze_inputs(node, "a reduction with several results")
+    dims = [a for a in node.args[1:] if isinstance(a, list | tuple)]
+    chosen = dims[0] if dims else [a for a in node.args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
+    reduced = {d % len(x.shape) for d in chosen} if chosen else set(range(len(x.shape)))  # type: ignore[operator]
+    if any(d in reduced for d in x.varying):
+        return propagation.freeze_inputs(node, f"{node.meta['function'] or 'a reduction'} over channels")
+    if len(results.shape) == len(x.shape):
+        return Labels(shape=results.shape, ids=x.ids)
+    kept = [size for d, size in enumerate(x.ids.shape) if d not in reduced]
+    return Labels(shape=results.shape, ids=x.ids.reshape(kept))
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "_safe_softmax")
+def normalise_along(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Along a dim without channels the labels pass."""
+    x = propagation.labels(node.args[0])
+    if x is None:
+        return fixed(node.meta["shape"])
+    if as_int(node.args[1]) % len(x.shape) in x.varying:
+        return propagation.freeze_inputs(node, "softmax over channels")
+    return x
+
+
+@rule("constant_pad_nd", "pad")
+def pad(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """New pixels belong to their channel; new channels are fixed."""
+    x = propagation.labels(node.args[0])
+    if x is None:
+        return fixed(node.meta["shape"])
+    amounts = [int(a) for a in node.args[1]]  # type: ignore[union-attr, arg-type]
+    ids = x.ids
+    for i in range(0, len(amounts), 2):
+        dim = len(x.shape) - 1 - i // 2
+        before, after = amounts[i], amounts[i + 1]
+        if (before or after) and dim in x.varying:
+            if before < 0 or after < 0:
+                return propagation.freeze_inputs(node, "channels cut off by a negative padding")
+            widths = [(before, after) if d == dim else (0, 0) for d in range(ids.ndim)]
+            ids = np.pad(ids, widths, constant_values=FIXED)
+    return compressed(Labels(shape=node.meta["shape"], ids=ids))

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots: where channels live in parameters and buffers."""
+
+from dataclasses import dataclass
+
+from fxslim.graph.labels import Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One dim of one parameter or buffer: entry i belongs to the channel labelled ``ids[i]``.
+
+    ``blocks`` > 1: the dim is cut differently for each block of output channels (grouped convolution);
+    ids then has the labels of all blocks, one after the other.
+    """
+
+    name: str
+    dim: int
+    ids: Ids
+    blocks: int = 1
+    # A producer makes the channel, a consumer reads it, a follower has one value for each (norms, ...).
+    role: str = "follower"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """One use of a layer that costs arithmetic: ``macs`` at batch 1 with all channels."""
+
+    name: str
+    kind: str
+    macs: int
+    # Slots whose share of kept entries each multiplies the cost.
+    factors: tuple[tuple[str, int], ...]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many channels go: the lowest first, over all groups, until the target is met."""
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+from fxslim.errors import ConfigError, PlanError, unknown_name
+from fxslim.graph.channel_graph import ChannelGraph
+from fxslim.graph.groups import removal_steps
+
+TARGETS = ("macs", "params", "channels")
+
+
+class Removals:
+    """All removals in order of rank; what is left after the first k of them, for any k."""
+
+    def __init__(self, graph: ChannelGraph, scores: np.ndarray, blocked: Collection[int], max_ratio: float) -> None:
+        self.graph = graph
+        frozen = graph.resolved.frozen.copy()
+        frozen[list(blocked)] = True
+        candidates = np.concatenate([g.channels for g in graph.groups] or [np.zeros(0, dtype=np.int64)])
+        candidates = candidates[~frozen[candidates]]
+        ranked = candidates[np.lexsort((candidates, scores[candidates]))]
+        steps, _ = removal_steps(ranked.tolist(), frozen, graph.resolved.balances)
+        self.steps = self._limited(steps, max_ratio)
+        never = len(self.steps)
+        self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
+        for i, step in enumerate(self.steps):
+            self.rank[step] = i
+        self.slot_ranks = {s.key: np.sort(self.rank[graph.resolved.of(s)]) for s in graph.resolved.slots}
+
+    def _limited(self, steps: list[list[int]], max_ratio: float) -> list[list[int]]:
+        """Steps that leave each group its share of channels, at least one."""
+        group_of = {c: i for i, g in enumerate(self.graph.groups) for c in g.channels.tolist()}
+        left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in self.graph.groups]
+        chosen = []
+        for step in steps:
+            needed: dict[int, int] = {}
+            for channel in step:
+                needed[group_of[channel]] = needed.get(group_of[channel], 0) + 1
+            if all(left[g] >= n for g, n in needed.items()):
+                for g, n in needed.items():
+                    left[g] -= n
+                chosen.append(step)
+        return chosen
+
+    def removed_share(self, count: int, target: str) -> float:
+        """The fraction of the target that the first ``count`` removals take away."""
+        cost = self.graph.cost
+        if target == "channels":
+            total = sum(map(len, self.graph.groups))
+            return sum(map(len, self.steps[:count])) / max(total, 1)
+        shares = {}
+        for key, ranks in self.slot_ranks.items():
+            shares[key] = 1 - float(np.searchsorted(ranks, count)) / max(len(ranks), 1)
+        if target == "macs":
+            return 1 - cost.macs_with(shares) / max(cost.macs, 1)
+        return 1 - cost.params_with(shares) / max(cost.params, 1)
+
+    def count_for(self, ratio: float, target: str) -> int:
+        """The number of removals that brings the removed share nearest to ``ratio``."""
+        if target not in TARGETS:
+            raise ConfigError(unknown_name("target", target, TARGETS))
+        low, high = 0, len(self.steps)
+        reachable = self.removed_share(high, target)
+        if reachable < ratio:
+            raise PlanError(
+                f"ratio={ratio} of {target} can't be reached: at most {reachable:.3f} can be removed from the "
+                f"{len(self.graph.groups)} free groups; trace(model, inputs).report() shows what is frozen; "
+                "raise max_ratio or lower ratio"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            if self.removed_share(middle, target) < ratio:
+                low = middle + 1
+            else:
+                high = middle
+        before = self.removed_share(low - 1, target) if low > 0 else math.inf
+        return low - 1 if abs(before - ratio) < abs(self.removed_share(low, target) - ratio) else low
+
+    def kept_after(self, count: int) -> np.ndarray:
+        """Which classes stay after the first ``count`` removals."""
+        return self.rank >= count

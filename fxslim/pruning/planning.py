@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plan_pruning`` decides which channels go; ``prune`` decides and applies."""
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from fxslim.errors import ConfigError, PlanError, unknown_name
+from fxslim.graph.channel_graph import ChannelGraph, trace
+from fxslim.graph.inputs import as_inputs
+from fxslim.graph.surgery.cutting import Cut
+from fxslim.pruning.allocation import Removals
+from fxslim.pruning.importance import Importance, channel_scores
+from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
+
+
+def plan_pruning(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    ratio: float = 0.5,
+    target: str = "macs",
+    importance: str | Importance = "l2",
+    skip: Iterable[str | type] = (),
+    max_ratio: float = 0.9,
+    seed: int = 0,
+) -> PruningPlan:
+    """Decide which channels to remove so that ``ratio`` of the target (macs, params or channels) goes.
+
+    The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
+    model's own output stays by itself. Print the plan to see what it does.
+
+    >>> from torch import nn, randn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> print(plan_pruning(net, randn(1, 3, 8, 8), ratio=0.5))
+    group   before   after  layers
+    0            8       4       2
+    macs: 12,384 -> 6,192 (50.0% kept)
+    params: 516 -> 260 (50.4% kept)
+    """
+    for name, value in (("ratio", ratio), ("max_ratio", max_ratio)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+    graph = trace(model, inputs)
+    if not graph.groups and ratio > 0:
+        raise PlanError(f"no channels can be removed:\n{graph.report()}")
+    scores = channel_scores(graph, model, importance, seed)
+    removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
+    kept = removals.kept_after(removals.count_for(ratio, target))
+    return _plan(graph, kept, inputs)
+
+
+def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:
+    """``plan_pruning(...)`` and ``apply`` in one; the model is changed in place and returned."""
+    return plan_pruning(model, inputs, **settings).apply(model, optimizer=optimizer)
+
+
+def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) -> set[int]:
+    """Classes of channels that layers named by ``skip`` make."""
+    modules = dict(model.named_modules())
+    chosen: set[str] = set()
+    for item in [skip] if isinstance(skip, str | type) else skip:
+        if isinstance(item, type):
+            chosen |= {name for name, module in modules.items() if isinstance(module, item)}
+            continue
+        found = {name for name in modules if name == item or fnmatch.fnmatchcase(name, item)}
+        if not found:
+            raise ConfigError("skip: " + unknown_name("layer", item, modules))
+        chosen |= {name for name in modules if any(name == f or name.startswith(f + ".") for f in found)}
+    blocked: set[int] = set()
+    for slot in graph.resolved.slots:
+        if slot.role in ("producer", "depthwise") and slot.name.rpartition(".")[0] in chosen:
+            blocked.update(graph.resolved.of(slot).tolist())
+    return blocked
+
+
+def _plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
+    cuts, shares = [], {}
+    for slot in graph.resolved.slots:
+        stays = kept[graph.resolved.of(slot)]
+        if not stays.all():
+            keep = tuple(np.flatnonzero(stays).tolist())
+            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
+            shares[slot.key] = len(keep) / len(slot.ids)
+    rows = [
+        GroupRow(
+            name=g.name, before=len(g), after=int(kept[g.channels].sum()), layers=len(g.layers("producer", "consumer"))
+        )
+        for g in graph.groups
+    ]
+    cost = graph.cost
+    return PruningPlan(
+        cuts=tuple(cuts),
+        shapes=graph.state_shapes,
+        rows=tuple(rows),
+        macs=(cost.macs, round(cost.macs_with(shares))),
+        params=(cost.params, round(cost.params_with(shares))),
+        inputs=tuple(as_inputs(inputs)),
+    )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruningPlan: which entries of which parameters stay; structure only, saved as JSON."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxslim.errors import CheckpointError, FxslimError, PlanError
+from fxslim.graph.channel_graph import refuse_wrapped
+from fxslim.graph.inputs import Inputs
+from fxslim.graph.recording import named_states, undisturbed
+from fxslim.graph.surgery.cutting import Cut, Surgery
+from fxslim.plan.applied_plans import check_fits, plain_name, remember_plan
+from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
+from fxslim.pruning.verification import Verification, verify_cuts
+
+KIND = "pruning"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """One line of a plan's table."""
+
+    name: str
+    before: int
+    after: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningPlan:
+    """What to remove from a model with exactly these parameter shapes.
+
+    ``cuts`` are kept indices in the coordinates of the model that the plan is applied to. Printing a plan gives
+    a table of groups with their channels before and after, and the cost before and after.
+    """
+
+    cuts: tuple[Cut, ...]
+    shapes: dict[str, tuple[int, ...]]
+    rows: tuple[GroupRow, ...]
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    # Kept from planning: a forward on them must succeed before anything is final. Not saved.
+    inputs: tuple[Inputs, ...] = ()
+
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+        """Remove the channels, in place; returns the model. After any error the model is as it was."""
+        refuse_wrapped(model)
+        check_fits(model, self.shapes)
+        surgery = Surgery(model, self._named_for(model), optimizer)
+        try:
+            surgery.commit()
+            for inputs in self.inputs:
+                self._try_forward(model, inputs)
+        except BaseException:
+            surgery.undo()
+            raise
+        remember_plan(model, self)
+        return model
+
+    def _named_for(self, model: nn.Module) -> list[Cut]:
+        """The cuts with the model's own names, which may have a wrapper's prefix."""
+        names = {plain_name(name): name for name, _ in named_states(model)}
+        return [Cut(name=names[c.name], dim=c.dim, keep=c.keep, blocks=c.blocks) for c in self.cuts]
+
+    @staticmethod
+    def _try_forward(model: nn.Module, inputs: Inputs) -> None:
+        parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.device.type == "meta":
+            return
+        try:
+            with undisturbed(model, training=False), torch.no_grad():
+                inputs.run(model)
+        except FxslimError:
+            raise
+        except Exception as error:
+            raise PlanError(
+                f"the pruned model's forward failed ({type(error).__name__}: {error}); it reads a size that is "
+                "written as a number. Nothing was changed. Name the layers around it in skip="
+            ) from error
+
+    def verify(self, model: nn.Module, inputs: Any) -> Verification:
+        """Prove that the pruned model computes what the model computes with the removed channels silenced."""
+        check_fits(model, self.shapes)
+        return verify_cuts(model, self._named_for(model), inputs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, under a temporary name first."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        temporary.replace(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "cuts": [[c.name, c.dim, c.blocks, pack_ranges(c.keep)] for c in self.cuts],
+            "rows": [[r.name, r.before, r.after, r.layers] for r in self.rows],
+            "macs": list(self.macs),
+            "params": list(self.params),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The plan that ``to_dict`` wrote."""
+        if data.get("kind") != KIND or data.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected a {KIND} plan of version {VERSION}, got kind {data.get('kind')!r}, "
+                f"version {data.get('version')!r}"
+            )
+        try:
+            return cls(
+                cuts=tuple(Cut(name=n, dim=d, blocks=b, keep=unpack_ranges(keep)) for n, d, b, keep in data["cuts"]),
+                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+                rows=tuple(GroupRow(name=n, before=b, after=a, layers=k) for n, b, a, k in data["rows"]),
+                macs=(data["macs"][0], data["macs"][1]),
+                params=(data["params"][0], data["params"][1]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.rows] + [5])
+        lines = [f"{'group':{width}}  {'before':>7} {'after':>7} {'layers':>7}"]
+        lines += [f"{r.name:{width}}  {r.before:>7} {r.after:>7} {r.layers:>7}" for r in self.rows]
+        for name, (before, after) in (("macs", self.macs), ("params", self.params)):
+            lines.append(f"{name}: {before:,} -> {after:,} ({after / max(before, 1):.1%} kept)")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{r.name}</td><td>{r.before}</td><td>{r.after}</td></tr>" for r in self.rows)
+        return f"<table><tr><th>group</th><th>before</th><th>after</th></tr>{rows}</table>"
