@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a recorded graph on channel labels: one rule per operator, work per operator, not per element."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ class Propagation:
         self.states: dict[str, Tensor] = dict(named_states(model))
         self.values: dict[fx.Node, Labels | list[Labels]] = {}
         self.reached: set[str] = set()
+        self.batch = 1
 
     # --- what rules read
 
@@ -97,6 +99,14 @@ class Propagation:
             self.space.unify(slot.ids, ids)
         return slot
 
+    def count(
+        self, node: fx.Node, weight: str, positions: int, factors: tuple[tuple[str, int], ...], kind: str
+    ) -> None:
+        """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
+        name = node.meta["module"] or weight.rpartition(".")[0]
+        total = positions * math.prod(self.states[weight].shape)
+        self.calls.append(LayerCall(name=name, kind=kind, macs=total // self.batch, factors=factors))
+
     def freeze(self, labels: Labels | None, node: fx.Node, why: str) -> None:
         if labels is not None and labels.labelled:
             where = node.meta.get("module") or "the model's forward"
@@ -124,6 +134,7 @@ class Propagation:
 
     def run(self, recording: Recording) -> None:
         """Labels of every value of a recording; a second recording of the same model adds to the first."""
+        self.batch = max(1, next((node.meta["shape"][0] for node in recording.inputs if node.meta["shape"]), 1))
         for node in recording.nodes:
             if node.op != "call_function":
                 continue

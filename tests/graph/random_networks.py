@@ -10,7 +10,10 @@ from torch import Tensor, nn
 class SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Conv2d(channels, max(2, channels // 2), 1), nn.Conv2d(max(2, channels // 2), channels, 1)
+        self.down, self.up = (
+            nn.Conv2d(channels, max(2, channels // 2), 1),
+            nn.Conv2d(max(2, channels // 2), channels, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
@@ -58,14 +61,17 @@ class RandomNetwork(nn.Module):
     def add(self, step: str, source: int) -> None:
         c, pick = self.channels[source], self.random.choice
         if step == "conv":
-            out = pick([4, 6, 8, 12])
-            self.emit(("call", self.layer(nn.Conv2d(c, out, pick([1, 3]), padding="same", bias=pick([True, False]))), source), out)
+            out = pick([8, 12, 16, 24])
+            self.emit(
+                ("call", self.layer(nn.Conv2d(c, out, pick([1, 3]), padding="same", bias=pick([True, False]))), source),
+                out,
+            )
         elif step == "grouped":
             groups = pick([g for g in (1, 2, 3, 4) if c % g == 0])
-            out = groups * pick([2, 3])
+            out = groups * pick([4, 6])
             self.emit(("call", self.layer(nn.Conv2d(c, out, 3, padding=1, groups=groups)), source), out)
         elif step == "transposed":
-            out = pick([4, 6])
+            out = pick([8, 12])
             self.emit(("call", self.layer(nn.ConvTranspose2d(c, out, 3, padding=1)), source), out)
         elif step in ONE_TO_ONE:
             self.emit(("call", self.layer(ONE_TO_ONE[step](c)), source), c)
@@ -120,7 +126,21 @@ ONE_TO_ONE = {
     "squeeze": SqueezeExcite,
     "scale": Scale,
 }
-STEPS = ["conv", "conv", "conv", "grouped", "transposed", *ONE_TO_ONE, "add", "add", "mul", "cat", "chunk_add", "chunk_swap", "shared"]
+STEPS = [
+    "conv",
+    "conv",
+    "conv",
+    "grouped",
+    "transposed",
+    *ONE_TO_ONE,
+    "add",
+    "add",
+    "mul",
+    "cat",
+    "chunk_add",
+    "chunk_swap",
+    "shared",
+]
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -3,12 +3,10 @@
 
 import math
 
-import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, along
 from fxslim.graph.propagation import Propagation, as_int, rule
-from fxslim.graph.slots import LayerCall
 
 
 @rule("convolution")
@@ -33,7 +31,9 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         out = _grouped(propagation, node, weight, line, groups)
     if bias is not None:
         propagation.slot(bias, 0, out)
-    _count(propagation, node, weight, x, transposed, depthwise)
+    pixels = x.shape if transposed else shape
+    factors = ((weight, 0),) if depthwise else ((weight, 0), (weight, 1))
+    propagation.count(node, weight, math.prod(pixels) // pixels[channel], factors, "conv")
     return along(shape, channel, out)
 
 
@@ -54,11 +54,3 @@ def _grouped(propagation: Propagation, node: fx.Node, weight: str, line: Ids, gr
     propagation.space.balance(line.reshape(groups, -1), f"{groups} groups read by {where}")
     propagation.space.balance(out.reshape(groups, -1), f"{groups} groups made by {where}")
     return out
-
-
-def _count(propagation: Propagation, node: fx.Node, weight: str, x: Labels, transposed: bool, depthwise: bool) -> None:
-    spatial = x.shape[2:] if transposed else node.meta["shape"][2:]
-    macs = math.prod(propagation.states[weight].shape) * int(np.prod(spatial))
-    factors = ((weight, 0),) if depthwise else ((weight, 0), (weight, 1))
-    name = node.meta["module"] or weight.rpartition(".")[0]
-    propagation.calls.append(LayerCall(name=name, kind="conv", macs=macs, factors=factors))

@@ -7,7 +7,6 @@ from torch import fx
 
 from fxslim.graph.labels import Labels, along
 from fxslim.graph.propagation import Propagation, rule
-from fxslim.graph.slots import LayerCall
 
 
 def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str, out_dim: int) -> Labels | None:
@@ -17,10 +16,7 @@ def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str
         return None
     propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
     out = propagation.slot(weight, out_dim, role="producer").ids
-    rows = math.prod(x.shape[1:-1]) if len(x.shape) > 2 else 1
-    macs = math.prod(propagation.states[weight].shape) * rows
-    name = node.meta["module"] or weight.rpartition(".")[0]
-    propagation.calls.append(LayerCall(name=name, kind="linear", macs=macs, factors=((weight, 0), (weight, 1))))
+    propagation.count(node, weight, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)), "linear")
     return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
 
 

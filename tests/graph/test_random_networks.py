@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random networks are pruned at random, and proved equal to their silenced twins.
+
+FXSLIM_RANDOM_NETWORKS=50000 pytest tests/graph/test_random_networks.py tries more than the 400 of every run.
+"""
+
+import os
+
+import torch
+
+from fxslim import PlanError, plan_pruning
+from fxslim.pruning.verification import TOLERANCE
+from tests.graph.random_networks import RandomNetwork
+
+COUNT = int(os.environ.get("FXSLIM_RANDOM_NETWORKS", "400"))
+
+
+def test_random_networks_equal_their_twins() -> None:
+    reached = 0
+    for seed in range(COUNT):
+        model, x = RandomNetwork(seed), torch.randn(2, 3, 8, 8)
+        try:
+            plan = plan_pruning(model, x, ratio=0.3, importance="random", seed=seed)
+        except PlanError:
+            continue
+        # A small network may have no single step near the target.
+        reached += plan.macs[1] <= 0.72 * plan.macs[0]
+        proof = plan.verify(model, [x, torch.randn(1, 3, 11, 9) if model.head_kind != "flatten" else x])
+        assert proof.relative <= TOLERANCE, f"seed {seed}: {proof}"
+        plan.apply(model).train()
+        model(x).sum().backward()
+    assert reached >= 0.8 * COUNT
