@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench abi sanitize clean
+.PHONY: help setup demo test check bench zoo abi sanitize clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -52,6 +52,9 @@ check: setup  ## format, lint, types, floors, house rules
 
 bench: setup  ## kernels against torch's; writes a dated report
 	$(PYTHON) -m benchmarks.kernels.run
+
+zoo: setup  ## prune torchvision's convolutional models and prove each; writes a dated report
+	$(PYTHON) -m benchmarks.models.zoo
 
 abi: setup  ## one library on torch 2.11 and on the newest: builds, op tests, symbol table
 	$(PYTHON) fxslim_ext/checks/abi.py

@@ -3,6 +3,9 @@
 
 from fxslim import kernels as kernels
 from fxslim import schedules as schedules
+from fxslim.checkpoint.model_files import load as load
+from fxslim.checkpoint.model_files import read_extras as read_extras
+from fxslim.checkpoint.model_files import save as save
 from fxslim.checkpoint.plan_files import load_plan as load_plan
 from fxslim.errors import CalibrationError as CalibrationError
 from fxslim.errors import CheckpointError as CheckpointError

@@ -102,17 +102,18 @@ def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]
                 rows_of.setdefault(channel, []).append((b, r))
             members = {c for c in row.tolist() if c in place and not frozen[c]}
             waiting[b, r] = sorted(members, key=lambda c: -place[c])
-    removed: set[int] = set()
+    gone: set[int] = set()
     stuck: set[int] = set()
     steps = []
     for channel in ranked:
-        if channel in removed or channel in stuck:
+        if channel in gone:
             continue
-        step = _equalised(channel, removed | stuck, rows_of, waiting, balances)
+        step = _equalised(channel, gone, rows_of, waiting, balances) if channel in rows_of else [channel]
         if step is None:
             stuck.add(channel)
+            gone.add(channel)
             continue
-        removed.update(step)
+        gone.update(step)
         steps.append(step)
     return steps, stuck
 

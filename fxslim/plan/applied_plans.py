@@ -23,6 +23,12 @@ def remember_plan(model: nn.Module, plan: Any) -> None:
     setattr(model, _ATTRIBUTE, [*applied(model), plan])
 
 
+def forget_plans(model: nn.Module) -> None:
+    """As if no plan had been applied."""
+    if hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+
+
 def plain_name(name: str) -> str:
     """A state's name without the prefixes of wrappers.
 

@@ -51,6 +51,12 @@ class PruningPlan:
 
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
         """Remove the channels, in place; returns the model. After any error the model is as it was."""
+        self.cut_model(model, optimizer)
+        remember_plan(model, self)
+        return model
+
+    def cut_model(self, model: nn.Module, optimizer: Optimizer | None = None) -> Surgery:
+        """Cut the model and try its forward; returns what can undo it."""
         refuse_wrapped(model)
         check_fits(model, self.shapes)
         surgery = Surgery(model, self._named_for(model), optimizer)
@@ -61,8 +67,7 @@ class PruningPlan:
         except BaseException:
             surgery.undo()
             raise
-        remember_plan(model, self)
-        return model
+        return surgery
 
     def _named_for(self, model: nn.Module) -> list[Cut]:
         """The cuts with the model's own names, which may have a wrapper's prefix."""
