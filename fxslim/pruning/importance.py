@@ -16,22 +16,34 @@ from fxslim.graph.slots import Slot
 Importance = Callable[[ChannelGroup, nn.Module], Tensor]
 
 
-def _per_entry(state: Tensor, slot: Slot, order: float) -> np.ndarray:
-    """The sum of |w|^order over all else, for each entry of a slot."""
-    values = state.detach().to("cpu", torch.float64).abs().pow(order)
+def _magnitudes(state: Tensor, order: float) -> Tensor:
+    """|w|^order, on the CPU."""
+    values = state.detach().cpu()
+    values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values.square() if order == 2 else values.abs()
+
+
+def _per_entry(magnitudes: Tensor, slot: Slot) -> np.ndarray:
+    """The sum over all else, made in float64, for each entry of a slot."""
     if slot.blocks > 1:
-        return values.reshape(slot.blocks, -1, *values.shape[1:]).transpose(1, 2).flatten(2).sum(2).flatten().numpy()
-    return values.movedim(slot.dim, 0).flatten(1).sum(1).numpy() if values.dim() > 1 else values.numpy()
+        magnitudes = magnitudes.reshape(slot.blocks, -1, *magnitudes.shape[1:])
+        others = [1, *range(3, magnitudes.dim())]
+        return magnitudes.sum(others, dtype=torch.float64).flatten().numpy()
+    others = [d for d in range(magnitudes.dim()) if d != slot.dim]
+    return (magnitudes.sum(others, dtype=torch.float64) if others else magnitudes.double()).numpy()
 
 
 def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndarray:
     """Per class: the mean over its weights of its share there (1 = average), so that layers of any size count alike."""
     states, classes = dict(named_states(model)), graph.resolved.classes
     total, count = np.zeros(len(classes)), np.zeros(len(classes))
-    for slot in graph.resolved.slots:
+    name, magnitudes = "", torch.empty(0)
+    for slot in sorted(graph.resolved.slots, key=lambda s: s.name):
         if slot.role == "follower" or not slot.ids.any():
             continue
-        values = _per_entry(states[slot.name], slot, order)
+        if slot.name != name:
+            name, magnitudes = slot.name, _magnitudes(states[slot.name], order)
+        values = _per_entry(magnitudes, slot)
         mean = values.mean()
         np.add.at(total, graph.resolved.of(slot), values / mean if mean > 0 else values)
         np.add.at(count, graph.resolved.of(slot), 1)
@@ -45,7 +57,7 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
     for slot in graph.resolved.slots:
         layer, _, attribute = slot.name.rpartition(".")
         if layer in norms and attribute == "weight":
-            np.add.at(total, graph.resolved.of(slot), _per_entry(states[slot.name], slot, 1.0))
+            np.add.at(total, graph.resolved.of(slot), _per_entry(_magnitudes(states[slot.name], 1.0), slot))
             np.add.at(count, graph.resolved.of(slot), 1)
     for group in graph.groups:
         if not count[group.channels].all():
