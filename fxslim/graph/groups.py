@@ -49,6 +49,7 @@ class ResolvedLabels:
     def __init__(self, propagation: Propagation) -> None:
         self.slots = list(propagation.slots.values())
         self.classes = propagation.space.classes()
+        self._slot_classes = {slot.key: self.classes[slot.ids] for slot in self.slots}
         self.reasons: dict[int, str] = {FIXED: "not a channel"}
         for freeze in propagation.space.freezes:
             for found in np.unique(self.classes[freeze.ids]).tolist():
@@ -61,7 +62,7 @@ class ResolvedLabels:
 
     def of(self, slot: Slot) -> Ids:
         """The class of each entry of a slot."""
-        return self.classes[slot.ids]
+        return self._slot_classes[slot.key]
 
     def groups(self) -> list[ChannelGroup]:
         """Free classes, grouped by the set of slots that they live in, in the order of the forward."""
@@ -73,17 +74,29 @@ class ResolvedLabels:
             if slot.role == "producer":
                 produced[self.of(slot)] = True
         free = np.flatnonzero(produced & ~self.frozen)
-        groups, names = [], dict[str, int]()
         order, inverse = np.unique(signature[free], return_inverse=True)
-        for members in sorted((free[inverse == i] for i in range(len(order))), key=lambda m: m[0]):
-            inside = np.zeros(len(self.classes), dtype=bool)
-            inside[members[0]] = True
-            slots = tuple(slot for slot in self.slots if inside[self.of(slot)].any())
-            name = next(slot.name.rpartition(".")[0] for slot in slots if slot.role == "producer")
-            names[name] = names.get(name, 0) + 1
-            unique = name if names[name] == 1 else f"{name}#{names[name]}"
-            groups.append(ChannelGroup(name=unique, channels=members, slots=slots))
-        return groups
+        members = sorted((free[inverse == i] for i in range(len(order))), key=lambda m: m[0])
+        group_of = np.full(len(self.classes), -1, dtype=np.int64)
+        for i, channels in enumerate(members):
+            group_of[channels] = i
+        slots: list[list[Slot]] = [[] for _ in members]
+        for slot in self.slots:
+            for i in np.unique(group_of[self.of(slot)]).tolist():
+                if i >= 0:
+                    slots[i].append(slot)
+        parts = zip(_names(slots), members, slots, strict=True)
+        return [ChannelGroup(name=name, channels=m, slots=tuple(mine)) for name, m, mine in parts]
+
+
+def _names(slots: list[list[Slot]]) -> list[str]:
+    """Each group's first producer; further groups of the same layer get a number."""
+    seen: dict[str, int] = {}
+    names = []
+    for mine in slots:
+        name = next(slot.name.rpartition(".")[0] for slot in mine if slot.role == "producer")
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return names
 
 
 def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]) -> tuple[list[list[int]], set[int]]:

@@ -2,6 +2,7 @@
 """How many channels go: the lowest first, over all groups, until the target is met."""
 
 import math
+from collections import Counter
 from collections.abc import Collection
 
 import numpy as np
@@ -37,12 +38,16 @@ class Removals:
         left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in self.graph.groups]
         chosen = []
         for step in steps:
-            needed: dict[int, int] = {}
-            for channel in step:
-                needed[group_of[channel]] = needed.get(group_of[channel], 0) + 1
-            if all(left[g] >= n for g, n in needed.items()):
-                for g, n in needed.items():
-                    left[g] -= n
+            if len(step) == 1:
+                group = group_of[step[0]]
+                if left[group] > 0:
+                    left[group] -= 1
+                    chosen.append(step)
+                continue
+            needed = Counter(group_of[channel] for channel in step)
+            if all(left[group] >= count for group, count in needed.items()):
+                for group, count in needed.items():
+                    left[group] -= count
                 chosen.append(step)
         return chosen
 
