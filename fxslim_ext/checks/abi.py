@@ -12,7 +12,7 @@ import venv
 from pathlib import Path
 
 OLDEST = ["torch==2.11.*", "torchvision==0.26.*"]
-TOOLS = ["numpy", "pytest", "pytest-randomly", "hypothesis", "setuptools>=77"]
+TOOLS = ["numpy", "safetensors", "tqdm", "pytest", "pytest-randomly", "hypothesis", "setuptools>=77"]
 BUILD = Path("build/abi")
 FOREIGN = ("at::", "c10::", "torch::autograd", "torch::jit", "caffe2::")
 
