@@ -99,7 +99,10 @@ def load(
     tensors, metadata = _read(path, map_location)
     state = {name: value for name, value in tensors.items() if not name.startswith(_OPTIMIZER)}
     state |= {name: state[first] for name, first in metadata["tied"].items()}
+    if optimizer is not None:
+        _check_optimizer(optimizer, metadata, path)
     done: list[Surgery] = []
+    before = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
         for data in metadata["plans"]:
             plan = plan_from_dict(data)
@@ -107,11 +110,15 @@ def load(
             remember_plan(model, plan)
         _fill(model, state, path)
         if optimizer is not None:
-            _fill_optimizer(optimizer, tensors, metadata, path)
+            _fill_optimizer(optimizer, tensors, metadata)
     except BaseException:
         forget_plans(model)
         for surgery in reversed(done):
             surgery.undo()
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name in before:
+                    value.copy_(before[name])
         raise
     return model
 
@@ -132,10 +139,15 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
             value.copy_(state[name])
 
 
-def _fill_optimizer(
-    optimizer: Optimizer, tensors: dict[str, Tensor], metadata: dict[str, Any], path: str | Path
-) -> None:
+def _check_optimizer(optimizer: Optimizer, metadata: dict[str, Any], path: str | Path) -> None:
     if "optimizer" not in metadata:
         raise CheckpointError(f"{path} was saved without an optimizer")
+    if metadata["optimizer"]["kind"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"{path} has the state of {metadata['optimizer']['kind']}, not of {type(optimizer).__name__}"
+        )
+
+
+def _fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     state = {name.removeprefix(_OPTIMIZER): value for name, value in tensors.items() if name.startswith(_OPTIMIZER)}
     unpack_optimizer(optimizer, state, metadata["optimizer"])

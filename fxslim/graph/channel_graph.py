@@ -130,7 +130,8 @@ def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
 
 def _record_training(model: nn.Module, propagation: Propagation, example: Inputs) -> list[str]:
     """Where the eval forward left parameters out, they may be on a path of training only (auxiliary heads)."""
-    if all(name in propagation.reached for name, _ in model.named_parameters()):
+    all_reached = all(name in propagation.reached for name, _ in model.named_parameters())
+    if all_reached and not _asks_for_training(model):
         return []
 
     def at_least_two(value: Any) -> Any:
@@ -142,6 +143,13 @@ def _record_training(model: nn.Module, propagation: Propagation, example: Inputs
     except TraceError as error:
         return [f"the training forward could not be recorded: {error}"]
     return []
+
+
+def _asks_for_training(model: nn.Module) -> bool:
+    """Whether a module that is not torch's own looks at ``self.training``."""
+    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    functions = [f for kind in kinds for f in vars(kind).values() if hasattr(f, "__code__")]
+    return any("training" in function.__code__.co_names for function in functions)
 
 
 def refuse_wrapped(model: nn.Module) -> None:

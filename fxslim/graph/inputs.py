@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxslim.errors import ConfigError
 
@@ -24,9 +25,44 @@ class Inputs:
         """The model's outputs for these inputs."""
         return model(*self.args, **self.kwargs)
 
+    def copied(self) -> "Inputs":
+        """The same with cloned tensors, for a model that may change its inputs."""
+
+        def copy(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return Inputs(*tree_map(copy, self.args), **tree_map(copy, self.kwargs))
+
     def __repr__(self) -> str:
         parts = [_shown(a) for a in self.args] + [f"{k}={_shown(v)}" for k, v in self.kwargs.items()]
         return f"Inputs({', '.join(parts)})"
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """All tensors in what a model returned: containers, dataclasses and plain objects are looked into."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value is None or isinstance(value, str | bytes | int | float | complex) or id(value) in seen:
+            return
+        else:
+            seen.add(id(value))
+            leaves = tree_leaves(value)
+            inside = (
+                leaves
+                if not (len(leaves) == 1 and leaves[0] is value)
+                else vars(value).values()
+                if hasattr(value, "__dict__")
+                else ()
+            )
+            for item in inside:
+                look(item)
+
+    look(outputs)
+    return found
 
 
 def _shown(value: Any) -> str:

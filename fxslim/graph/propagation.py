@@ -3,7 +3,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,9 @@ class Propagation:
         self.states: dict[str, Tensor] = dict(named_states(model))
         self.values: dict[fx.Node, Labels | list[Labels]] = {}
         self.reached: set[str] = set()
-        self.batch = 1
+        self.batch = 0
+        self.input_batches: set[int] = set()
+        self.modules = dict(model.named_modules())
 
     # --- what rules read
 
@@ -76,7 +78,8 @@ class Propagation:
         shape = node.meta["shape"]
         long = [d for d, size in enumerate(shape) if size > 1]
         if len(long) != 1:
-            # Entries along several dims: not followed, so what meets it stays.
+            # Entries along several dims (or none): not followed, so it stays and what meets it too.
+            self.freeze_state(str(node.target), node, "a parameter used directly")
             return fixed(shape)
         return along(shape, long[0], self.slot(str(node.target), long[0]).ids)
 
@@ -85,6 +88,10 @@ class Propagation:
         while isinstance(value, fx.Node) and value.op == "call_function" and operator_name(value) == "t":
             value = value.args[0]
         return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+    def has_computed(self, values: Iterable[Any]) -> bool:
+        """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""
+        return any(isinstance(value, fx.Node) and self.state_name(value) is None for value in values)
 
     # --- what rules write
 
@@ -100,12 +107,16 @@ class Propagation:
         return slot
 
     def count(
-        self, node: fx.Node, weight: str, positions: int, factors: tuple[tuple[str, int], ...], kind: str
+        self, node: fx.Node, weight: str, x: Labels, positions: int, factors: tuple[tuple[str, int], ...]
     ) -> None:
         """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
+        if self.batch == 0:
+            # The first layer tells which input has the batch; an unbatched one has none.
+            batched = len(x.shape) == self.states[weight].dim() and x.shape[0] in self.input_batches
+            self.batch = max(1, x.shape[0]) if batched else 1
         name = node.meta["module"] or weight.rpartition(".")[0]
         total = positions * math.prod(self.states[weight].shape)
-        self.calls.append(LayerCall(name=name, kind=kind, macs=total // self.batch, factors=factors))
+        self.calls.append(LayerCall(name=name, macs=total // self.batch, factors=factors))
 
     def freeze(self, labels: Labels | None, node: fx.Node, why: str) -> None:
         if labels is not None and labels.labelled:
@@ -116,12 +127,13 @@ class Propagation:
         """Give up on an operator: what it reads stays whole, what it makes has no channels."""
         for value in node.all_input_nodes:
             if value.op == "get_attr":
-                self._freeze_state(str(value.target), node, why)
+                self.freeze_state(str(value.target), node, why)
             elif not isinstance(self.values.get(value), list):
                 self.freeze(self.labels(value), node, why)
         return results_without_channels(node)
 
-    def _freeze_state(self, name: str, node: fx.Node, why: str) -> None:
+    def freeze_state(self, name: str, node: fx.Node, why: str) -> None:
+        """A parameter stays whole."""
         self.reached.add(name)
         for dim in range(self.states[name].dim()):
             if (name, dim) in self.slots:
@@ -134,7 +146,8 @@ class Propagation:
 
     def run(self, recording: Recording) -> None:
         """Labels of every value of a recording; a second recording of the same model adds to the first."""
-        self.batch = max(1, next((node.meta["shape"][0] for node in recording.inputs if node.meta["shape"]), 1))
+        self.input_batches = {node.meta["shape"][0] for node in recording.inputs if node.meta["shape"]}
+        self.batch = 0
         for node in recording.nodes:
             if node.op != "call_function":
                 continue
@@ -145,6 +158,8 @@ class Propagation:
             name = operator_name(node)
             if node.meta["mutates_view"]:
                 self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
+            elif isinstance(self.modules.get(node.meta["module"]), nn.MultiheadAttention):
+                self.values[node] = self.freeze_inputs(node, "attention keeps its width")
             elif name not in RULES:
                 self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
             else:

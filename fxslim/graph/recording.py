@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxslim.errors import TraceError
-from fxslim.graph.inputs import Inputs
+from fxslim.graph.inputs import Inputs, output_tensors
 
 
 class _CurrentFunction(TorchFunctionMode):
@@ -58,11 +58,12 @@ class _Recorder(TorchDispatchMode):
 
     def _remember(self, node: fx.Node, value: Tensor) -> None:
         node.meta["shape"] = tuple(value.shape)
+        node.meta["stride"] = value.stride() if value.layout == torch.strided else ()
         self.nodes[value] = node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_view = func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0]._is_view()
+        is_view = func._schema.is_mutable and any(value._is_view() for value in _written(func, args, kwargs))
         inputs = tree_map(self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
         node = self.graph.call_function(func, inputs[0], inputs[1])
@@ -77,6 +78,16 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(item, Tensor):
                     self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
         return result
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator writes to."""
+    values = []
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            values.append(value)
+    return values
 
 
 class Recording:
@@ -100,7 +111,9 @@ def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Set train or eval mode; afterwards modes, buffers and random state are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+    plain = [
+        (m, {k: v for k, v in vars(m).items() if not k.startswith("_")}, dict(m._buffers)) for m in model.modules()
+    ]
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -110,8 +123,11 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes:
-            module.training = mode
+        for module, attributes, buffers in plain:
+            for key in [k for k in vars(module) if not k.startswith("_") and k not in attributes]:
+                del module.__dict__[key]
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, before in saved:
                 buffer.copy_(before)
@@ -135,6 +151,7 @@ def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:
     """Run the model once and write down what it executes."""
+    inputs = inputs.copied()
     functions, module_stack = _CurrentFunction(), list[str]()
     recorder = _Recorder(model, functions, module_stack)
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
@@ -153,7 +170,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
                 f"the model's own forward failed while it was recorded in {mode} mode with {inputs}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    leaves = [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+    leaves = output_tensors(outputs)
     if not leaves:
         raise TraceError(f"the model returned no tensor for {inputs}, but {type(outputs).__name__}")
     return Recording(recorder.graph, input_nodes, [recorder.nodes[v] for v in leaves if v in recorder.nodes])

@@ -31,7 +31,6 @@ class LayerCall:
     """One use of a layer that costs arithmetic: ``macs`` at batch 1 with all channels."""
 
     name: str
-    kind: str
     macs: int
     # Slots whose share of kept entries each multiplies the cost.
     factors: tuple[tuple[str, int], ...]

@@ -99,5 +99,9 @@ def _plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
         rows=tuple(rows),
         macs=(cost.macs, round(cost.macs_with(shares))),
         params=(cost.params, round(cost.params_with(shares))),
+        notes=(
+            *graph.notes,
+            *(f"{name} was not reached by the example inputs: it stays" for name in graph.not_reached),
+        ),
         inputs=tuple(as_inputs(inputs)),
     )

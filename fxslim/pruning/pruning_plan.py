@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.errors import CheckpointError, FxslimError, PlanError
+from fxslim.errors import CheckpointError, FxslimError, PlanError, TraceError
 from fxslim.graph.channel_graph import refuse_wrapped
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import named_states, undisturbed
@@ -46,6 +46,8 @@ class PruningPlan:
     rows: tuple[GroupRow, ...]
     macs: tuple[int, int]
     params: tuple[int, int]
+    # What the user should know: paths that the example inputs did not take.
+    notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
 
@@ -64,10 +66,23 @@ class PruningPlan:
             surgery.commit()
             for inputs in self.inputs:
                 self._try_forward(model, inputs)
-        except BaseException:
+        except BaseException as error:
             surgery.undo()
+            if isinstance(error, PlanError) and self.inputs:
+                self._check_whole_model_runs(model)
             raise
         return surgery
+
+    def _check_whole_model_runs(self, model: nn.Module) -> None:
+        """A model that fails uncut too (another device or dtype than the inputs) is not the plan's fault."""
+        try:
+            with undisturbed(model, training=False), torch.no_grad():
+                self.inputs[0].copied().run(model)
+        except Exception as error:
+            raise TraceError(
+                f"the model's own forward fails on the plan's example inputs {self.inputs[0]} (nothing was changed): "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _named_for(self, model: nn.Module) -> list[Cut]:
         """The cuts with the model's own names, which may have a wrapper's prefix."""
@@ -81,7 +96,7 @@ class PruningPlan:
             return
         try:
             with undisturbed(model, training=False), torch.no_grad():
-                inputs.run(model)
+                inputs.copied().run(model)
         except FxslimError:
             raise
         except Exception as error:
@@ -112,6 +127,7 @@ class PruningPlan:
             "rows": [[r.name, r.before, r.after, r.layers] for r in self.rows],
             "macs": list(self.macs),
             "params": list(self.params),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -129,6 +145,7 @@ class PruningPlan:
                 rows=tuple(GroupRow(name=n, before=b, after=a, layers=k) for n, b, a, k in data["rows"]),
                 macs=(data["macs"][0], data["macs"][1]),
                 params=(data["params"][0], data["params"][1]),
+                notes=tuple(data.get("notes", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}") from error
@@ -139,7 +156,7 @@ class PruningPlan:
         lines += [f"{r.name:{width}}  {r.before:>7} {r.after:>7} {r.layers:>7}" for r in self.rows]
         for name, (before, after) in (("macs", self.macs), ("params", self.params)):
             lines.append(f"{name}: {before:,} -> {after:,} ({after / max(before, 1):.1%} kept)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td>{r.name}</td><td>{r.before}</td><td>{r.after}</td></tr>" for r in self.rows)

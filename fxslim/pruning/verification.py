@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from fxslim.graph.inputs import Inputs, as_inputs
+from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.surgery.cutting import Cut, Surgery
 
@@ -40,14 +40,23 @@ class Verification:
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All floating tensors that the model returns, in eval mode and without gradient."""
+    """All tensors that the model returns, in float64, in eval mode and without gradient."""
     with undisturbed(model, training=False), torch.no_grad():
-        leaves = tree_leaves(inputs.run(model))
-    return [value for value in leaves if isinstance(value, Tensor) and value.is_floating_point()]
+        leaves = output_tensors(inputs.copied().run(model))
+    leaves = [torch.view_as_real(value) if value.is_complex() else value for value in leaves]
+    return [value.double() for value in leaves]
 
 
 def _largest(value: Tensor) -> float:
-    return float(torch.nan_to_num(value, nan=float("inf")).abs().max())
+    """The largest finite magnitude; fill values such as the dtype's minimum do not count."""
+    finite = value[value.isfinite() & (value.abs() < 1e30)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Equal infinities and NaN in the same places do not differ."""
+    differ = ~((a == b) | (a.isnan() & b.isnan()))
+    return float(torch.nan_to_num((a - b)[differ], nan=float("inf")).abs().max()) if differ.any() else 0.0
 
 
 def _in_double(value: Any) -> Any:
@@ -105,22 +114,22 @@ def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
     original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
     silence(twin, cuts)
     Surgery(pruned, cuts).commit()
-    worst, scale, effect = 0.0, 0.0, 0.0
+    worst, relative, effect = 0.0, 0.0, 0.0
     notes: list[str] = []
     for example in as_inputs(inputs):
         wide = Inputs(*tree_map(_in_double, example.args), **tree_map(_in_double, example.kwargs))
         whole, got = outputs_of(original, wide), outputs_of(pruned, wide)
         with NormsOverKept(twin, cuts):
             want = outputs_of(twin, wide)
+        # Each output by its own scale: a large one must not hide an error in another.
         for a, b, c in zip(whole, want, got, strict=True):
             if b.shape != c.shape:
                 notes.append(f"output shapes differ: {tuple(b.shape)}, pruned {tuple(c.shape)}")
-                worst = float("inf")
+                worst = relative = float("inf")
             elif b.numel():
-                worst = max(worst, _largest(b - c))
-                scale = max(scale, _largest(b))
-                effect = max(effect, _largest(a - b) / max(_largest(a), 1e-300))
-    relative = worst / max(scale, 1e-300)
+                difference = _largest_difference(b, c)
+                worst, relative = max(worst, difference), max(relative, difference / max(_largest(b), 1e-300))
+                effect = max(effect, _largest_difference(a, b) / max(_largest(a), 1e-300))
     if effect < VISIBLE:
         notes.append(f"VACUOUS: removing everything changes the output by only {effect:.1e}, so it proves little")
     return Verification(

@@ -14,8 +14,8 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Consumes the input's channels, makes fresh ones; depthwise passes them on."""
     x, weight, bias = (propagation.labels(node.args[0]), *map(propagation.state_name, node.args[1:3]))
     transposed, groups = bool(node.args[6]), as_int(node.args[8])
-    if weight is None or x is None:
-        return propagation.freeze_inputs(node, "the weight of a convolution is computed")
+    if weight is None or x is None or propagation.has_computed(node.args[2:3]):
+        return propagation.freeze_inputs(node, "the weight or bias of a convolution is computed")
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
     if any(d != channel for d in x.varying):
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
@@ -33,7 +33,7 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         propagation.slot(bias, 0, out)
     pixels = x.shape if transposed else shape
     factors = ((weight, 0),) if depthwise else ((weight, 0), (weight, 1))
-    propagation.count(node, weight, math.prod(pixels) // pixels[channel], factors, "conv")
+    propagation.count(node, weight, x, math.prod(pixels) // pixels[channel], factors)
     return along(shape, channel, out)
 
 

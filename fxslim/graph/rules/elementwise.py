@@ -28,6 +28,8 @@ empty zeros ones full arange linspace scalar_tensor rand randn new_empty new_zer
 def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """The labels of the first argument."""
     labels = propagation.labels(node.args[0])
+    if len(node.all_input_nodes) > 1 and node.meta["shape"] is not None and "_like" not in str(node.target):
+        return combine(propagation, node)
     if labels is None:
         return results_without_channels(node)
     if node.meta["shape"] is None:
@@ -38,7 +40,9 @@ def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 @rule(*COMBINING)
 def combine(propagation: Propagation, node: fx.Node) -> Labels:
     """Labels of the operands, unified."""
-    operands = [labels for value in node.args if (labels := propagation.labels(value)) is not None]
+    operands = [
+        labels for value in (*node.args, *node.kwargs.values()) if (labels := propagation.labels(value)) is not None
+    ]
     return combined(propagation, node, operands, node.meta["shape"])
 
 

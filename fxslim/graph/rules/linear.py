@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Labels, along
@@ -16,7 +17,7 @@ def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str
         return None
     propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
     out = propagation.slot(weight, out_dim, role="producer").ids
-    propagation.count(node, weight, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)), "linear")
+    propagation.count(node, weight, x, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
     return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
 
 
@@ -43,7 +44,7 @@ def multiply(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """A linear layer with bias."""
     bias, weight = propagation.state_name(node.args[0]), propagation.state_name(node.args[2])
-    if bias is not None and weight is not None:
+    if bias is not None and weight is not None and propagation.states[bias].shape == node.meta["shape"][-1:]:
         result = _linear(propagation, node, node.args[1], weight, _out_dim(node.args[2]))
         if result is not None:
             propagation.slot(bias, 0, result.vector(len(result.shape) - 1))
@@ -54,8 +55,11 @@ def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[L
 @rule("embedding")
 def embed(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Rows are looked up, columns are channels."""
-    weight = propagation.state_name(node.args[0])
+    weight, indices = propagation.state_name(node.args[0]), propagation.labels(node.args[1])
     if weight is None:
         return propagation.freeze_inputs(node, "embedding of an activation")
+    propagation.freeze(indices, node, "indices of an embedding")
+    rows = propagation.slot(weight, 0, np.zeros(propagation.states[weight].shape[0], dtype=np.int64))
+    propagation.freeze(Labels(shape=(), ids=rows.ids), node, "rows of an embedding")
     out = propagation.slot(weight, 1, role="producer").ids
     return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)

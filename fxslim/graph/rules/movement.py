@@ -5,7 +5,7 @@ import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed, fixed
-from fxslim.graph.propagation import Propagation, as_int, results_without_channels, rule
+from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name, results_without_channels, rule
 
 
 def _moved(node: fx.Node, ids: Ids) -> Labels:
@@ -19,8 +19,11 @@ def _dim(value: object, rank: int) -> int:
 @rule("permute", "transpose", "t", "numpy_T")
 def permute(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Dims change places."""
-    if propagation.state_name(node) is not None:
-        # A transposed weight: the matrix product looks at the parameter itself.
+    state = propagation.state_name(node)
+    if state is not None:
+        # A transposed weight: matrix products look at the parameter itself, anything else keeps it whole.
+        if any(operator_name(user) not in ("mm", "addmm", "matmul", "t") for user in node.users) or not node.users:
+            propagation.freeze_state(state, node, "a transposed parameter")
         return fixed(node.meta["shape"])
     x = propagation.labels(node.args[0])
     assert x is not None
@@ -80,11 +83,18 @@ def matching_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list
     return runs
 
 
+def _order(node: fx.Node) -> list[int]:
+    """Dims longer than 1 by descending stride."""
+    strides = node.meta["stride"]
+    return sorted((d for d, size in enumerate(node.meta["shape"]) if size > 1), key=lambda d: -strides[d])
+
+
 @rule("as_strided")
 def restride(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Another memory layout of the same shape moves nothing; anything else is not followed."""
     x = propagation.labels(node.args[0])
-    if x is not None and x.shape == node.meta["shape"]:
+    order = _order(as_node(node.args[0]))
+    if x is not None and x.shape == node.meta["shape"] and order == _order(node):
         return x
     return propagation.freeze_inputs(node, "as_strided")
 
@@ -164,6 +174,8 @@ def cut(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x = propagation.labels(node.args[0])
     assert x is not None
     name, rank = str(node.target), len(x.shape)
+    if "roll" in name and len(node.args) < 3:
+        return propagation.freeze_inputs(node, "roll over all dims")
     dims = node.args[-1] if isinstance(node.args[-1], list | tuple) and ("flip" in name or "roll" in name) else None
     touched = [_dim(d, rank) for d in dims] if dims else [_dim(node.args[1] if len(node.args) > 1 else 0, rank)]
     whole = "slice" in name and x.shape == node.meta["shape"]

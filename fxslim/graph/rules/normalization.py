@@ -29,6 +29,8 @@ def batch_norm(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
     x = propagation.labels(node.args[0])
     if x is None or any(d != 1 for d in x.varying):
         return propagation.freeze_inputs(node, "batch norm over another dim than its channels")
+    if propagation.has_computed(node.args[1:5]):
+        return propagation.freeze_inputs(node, "batch norm with computed values")
     for value in node.args[1:5]:
         name = propagation.state_name(value)
         if name is not None and propagation.states[name].dim() == 1:
@@ -42,6 +44,8 @@ def group_norm(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
     x = propagation.labels(node.args[0])
     if x is None or any(d != 1 for d in x.varying):
         return propagation.freeze_inputs(node, "group norm over another dim than its channels")
+    if propagation.has_computed(node.args[1:3]) or propagation.state_name(node.args[1]) is None:
+        return propagation.freeze_inputs(node, "group norm without a weight of its own")
     for value in node.args[1:3]:
         name = propagation.state_name(value)
         if name is not None:
@@ -61,6 +65,8 @@ def layer_norm(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
     inside = [d - (len(x.shape) - normalized) for d in x.varying if d >= len(x.shape) - normalized]
     if inside and (normalized != 1 or len(x.varying) != 1):
         return propagation.freeze_inputs(node, "layer norm over several dims")
+    if inside and propagation.has_computed(node.args[2:4]):
+        return propagation.freeze_inputs(node, "layer norm with computed values")
     if inside and all(propagation.state_name(value) is None for value in node.args[2:4]):
         return propagation.freeze_inputs(node, "layer norm without weight")
     for value in node.args[2:4]:

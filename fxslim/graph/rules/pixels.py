@@ -25,7 +25,8 @@ def pool(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         return results_without_channels(node)
     results = results_without_channels(node)
     shapes = [r.shape for r in results] if isinstance(results, list) else [results.shape]
-    if any(d > len(x.shape) - 3 and x.shape[d] != 1 for d in x.varying if d >= 2):
+    spatial = next((n for n in (1, 2, 3) if f"{n}d" in str(node.target)), len(x.shape))
+    if any(d >= len(x.shape) - spatial for d in x.varying):
         return propagation.freeze_inputs(node, "pixels of a labelled dim are mixed")
     several = [Labels(shape=shape, ids=x.ids) for shape in shapes]
     return several if isinstance(results, list) else several[0]

@@ -4,3 +4,4 @@
 from fxslim.graph.surgery import convolution as convolution
 from fxslim.graph.surgery import linear as linear
 from fxslim.graph.surgery import normalization as normalization
+from fxslim.graph.surgery import recurrent as recurrent

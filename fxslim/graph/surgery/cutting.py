@@ -19,9 +19,6 @@ from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.surgery.attributes import new_attributes
 
-# Optimizer state that is no tensor of the parameter's shape and needs no cut.
-_SCALAR_STATE = ("step",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -74,14 +71,12 @@ class Surgery:
     def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
         changes = []
         state: Mapping[Tensor, dict[str, Any]] = self.optimizer.state if self.optimizer is not None else {}
-        for name, cuts in by_name.items():
-            parameter = self.states[name]
+        for name, parameter in self.states.items():
             for key, value in state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    changes.append((state[parameter], key, cut_tensor(value, cuts)))
-                elif (isinstance(value, Tensor) and value.numel() > 1) or (
-                    not isinstance(value, Tensor | int | float | None)
-                ):
+                    if name in by_name:
+                        changes.append((state[parameter], key, cut_tensor(value, by_name[name])))
+                elif not (isinstance(value, int | float | None) or (isinstance(value, Tensor) and value.numel() == 1)):
                     raise UnsupportedLayerError(
                         f"{type(self.optimizer).__name__} keeps {key!r} for {name}, which has not its shape: "
                         "it can't be cut; make the optimizer after pruning"
