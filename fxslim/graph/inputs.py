@@ -50,14 +50,9 @@ def output_tensors(outputs: Any) -> list[Tensor]:
             return
         else:
             seen.add(id(value))
-            leaves = tree_leaves(value)
-            inside = (
-                leaves
-                if not (len(leaves) == 1 and leaves[0] is value)
-                else vars(value).values()
-                if hasattr(value, "__dict__")
-                else ()
-            )
+            leaves: list[Any] = tree_leaves(value)
+            is_leaf = len(leaves) == 1 and leaves[0] is value
+            inside = list(getattr(value, "__dict__", {}).values()) if is_leaf else leaves
             for item in inside:
                 look(item)
 
