@@ -109,16 +109,28 @@ class NormsOverKept(TorchFunctionMode):
         return torch.zeros_like(x).index_copy(dim, index, part)
 
 
+def _broken(note: str) -> Verification:
+    infinite = float("inf")
+    return Verification(ok=False, max_abs_diff=infinite, relative=infinite, effect=infinite, notes=(note,))
+
+
 def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
     """Compare the pruned model with its silenced twin on each example input."""
     original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
     silence(twin, cuts)
-    Surgery(pruned, cuts).commit()
+    try:
+        Surgery(pruned, cuts).commit()
+    except Exception as error:
+        return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
     worst, relative, effect = 0.0, 0.0, 0.0
     notes: list[str] = []
     for example in as_inputs(inputs):
         wide = Inputs(*tree_map(_in_double, example.args), **tree_map(_in_double, example.kwargs))
-        whole, got = outputs_of(original, wide), outputs_of(pruned, wide)
+        whole = outputs_of(original, wide)
+        try:
+            got = outputs_of(pruned, wide)
+        except Exception as error:
+            return _broken(f"the pruned model does not run: {type(error).__name__}: {error}")
         with NormsOverKept(twin, cuts):
             want = outputs_of(twin, wide)
         # Each output by its own scale: a large one must not hide an error in another.

@@ -20,18 +20,14 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def caught(networks: int = 120) -> bool:
-    """Whether any random network fails or differs."""
+    """Whether verify says of any random network that it differs; a plan that can't be made does not count."""
     for seed in range(networks):
         model, x = RandomNetwork(seed), torch.randn(2, 3, 8, 8)
         try:
             plan = plan_pruning(model, x, ratio=0.3, importance="random", seed=seed)
-            if plan.verify(model, x).relative > TOLERANCE:
-                return True
-            plan.apply(model)
-        except PlanError as error:
-            if "forward failed" in str(error) or "shared by" in str(error):
-                return True
-        except (RuntimeError, IndexError, ValueError, KeyError):
+        except (PlanError, RuntimeError, IndexError, ValueError, KeyError):
+            continue
+        if plan.verify(model, x).relative > TOLERANCE:
             return True
     return False
 

@@ -20,11 +20,11 @@ def test_random_networks_equal_their_twins() -> None:
     for seed in range(COUNT):
         model, x = RandomNetwork(seed), torch.randn(2, 3, 8, 8)
         try:
-            plan = plan_pruning(model, x, ratio=0.3, importance="random", seed=seed)
+            plan = plan_pruning(model, x, ratio=0.35, importance="random", seed=seed)
         except PlanError:
             continue
-        # A small network may have no single step near the target.
-        reached += plan.macs[1] <= 0.72 * plan.macs[0]
+        # Asked for a little more than 30 %, since the step nearest to a target may stop short of it.
+        reached += plan.macs[1] <= 0.7 * plan.macs[0]
         proof = plan.verify(model, [x, torch.randn(1, 3, 11, 9) if model.head_kind != "flatten" else x])
         assert proof.relative <= TOLERANCE, f"seed {seed}: {proof}"
         plan.apply(model).train()
