@@ -15,8 +15,9 @@ from fxslim.errors import ConfigError, TraceError, UnsupportedLayerError, unknow
 from fxslim.graph.cost import Cost
 from fxslim.graph.groups import ChannelGroup, ResolvedLabels
 from fxslim.graph.inputs import Inputs, as_inputs
-from fxslim.graph.propagation import Propagation
-from fxslim.graph.recording import record
+from fxslim.graph.propagation import Conflict
+from fxslim.graph.recording import Recording, record
+from fxslim.graph.settling import Arranger, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +26,19 @@ class ChannelGraph:
 
     groups: list[ChannelGroup]
     cost: Cost
-    resolved: ResolvedLabels
+    arranger: Arranger
     state_shapes: dict[str, tuple[int, ...]]
     not_reached: list[str]
     notes: tuple[str, ...] = ()
 
-    def _group_of(self, layer: str, role: str) -> list[ChannelGroup]:
-        return [g for g in self.groups if layer in g.layers(role, "depthwise")]
+    @property
+    def resolved(self) -> ResolvedLabels:
+        return self.arranger.resolved
+
+    def without(self, model: nn.Module, conflict: Conflict) -> "ChannelGraph":
+        """The graph that gives up what a conflict asks for."""
+        decisions = self.arranger.propagation.decisions.after(conflict)
+        return _graph_of(model, settle(model, self.arranger.recordings, decisions), self.notes)
 
     def _check_layer(self, layer: str) -> None:
         known = sorted({name.rpartition(".")[0] for name in self.state_shapes})
@@ -102,35 +109,37 @@ def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
     0: 8 channels | makes 0.weight[0] | reads 2.weight[1] | with 0.bias[0]
     """
     refuse_wrapped(model)
-    propagation = Propagation(model)
     examples = as_inputs(inputs)
-    propagation.run(record(model, examples[0]))
-    # The cost is that of one forward on the first example.
-    calls = tuple(propagation.calls)
-    for example in examples[1:]:
-        propagation.run(record(model, example))
-    notes = _record_training(model, propagation, examples[0])
-    resolved = ResolvedLabels(propagation)
+    recordings = [record(model, example) for example in examples]
+    notes = _record_training(model, recordings, examples[0])
+    return _graph_of(model, settle(model, recordings), tuple(notes))
+
+
+def _graph_of(model: nn.Module, arranger: Arranger, notes: tuple[str, ...]) -> ChannelGraph:
+    propagation = arranger.propagation
     shapes = {name: tuple(state.shape) for name, state in propagation.states.items()}
     weights = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
     return ChannelGraph(
-        groups=resolved.groups(),
+        groups=arranger.resolved.groups(),
         cost=Cost(
-            calls=calls,
+            calls=arranger.calls,
             state_shapes=shapes,
             element_sizes={name: state.element_size() for name, state in propagation.states.items()},
             parameter_names=frozenset(name for name, _ in model.named_parameters()),
         ),
-        resolved=resolved,
+        arranger=arranger,
         state_shapes=shapes,
-        notes=tuple(notes),
+        notes=notes,
         not_reached=[name for name in weights if name not in propagation.reached],
     )
 
 
-def _record_training(model: nn.Module, propagation: Propagation, example: Inputs) -> list[str]:
+def _record_training(model: nn.Module, recordings: list[Recording], example: Inputs) -> list[str]:
     """Where the eval forward left parameters out, they may be on a path of training only (auxiliary heads)."""
-    all_reached = all(name in propagation.reached for name, _ in model.named_parameters())
+    reached = {
+        node.target for recording in recordings for node in recording.nodes if node.op == "get_attr" and node.users
+    }
+    all_reached = all(name in reached for name, _ in model.named_parameters())
     if all_reached and not _asks_for_training(model):
         return []
 
@@ -139,7 +148,7 @@ def _record_training(model: nn.Module, propagation: Propagation, example: Inputs
 
     doubled = Inputs(*tree_map(at_least_two, example.args), **tree_map(at_least_two, example.kwargs))
     try:
-        propagation.run(record(model, doubled, training=True))
+        recordings.append(record(model, doubled, training=True))
     except TraceError as error:
         return [f"the training forward could not be recorded: {error}"]
     return []

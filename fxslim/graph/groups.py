@@ -139,23 +139,37 @@ def _equalised(
     balances: list[Ids],
 ) -> list[int] | None:
     """The first channel and those that must go with it; None where rows can't be made equal."""
-    step = [first]
+    step = {first: None}
     lost: dict[int, np.ndarray] = {}
+    looked: dict[tuple[int, int], int] = {}
 
     def take(channel: int) -> None:
         for b, r in rows_of.get(channel, ()):
-            lost.setdefault(b, np.zeros(len(balances[b]), dtype=np.int64))[r] += 1
+            counts = lost.setdefault(b, np.zeros(len(balances[b]), dtype=np.int64))
+            counts[r] += 1
+            if counts.min() == counts.max():
+                uneven.pop(b, None)
+            else:
+                uneven[b] = None
 
-    take(first)
-    while True:
-        uneven = next((b for b, counts in lost.items() if counts.min() != counts.max()), None)
-        if uneven is None:
-            return step
-        row = waiting[uneven, int(lost[uneven].argmin())]
+    def lowest(key: tuple[int, int]) -> int | None:
+        """The lowest channel of a row that is still there; channels of this step may come back, those gone never."""
+        row = waiting[key]
         while row and row[-1] in gone:
             row.pop()
-        choice = next((c for c in reversed(row) if c not in gone and c not in step), None)
+        i = min(looked.get(key, len(row)), len(row)) - 1
+        while i >= 0 and (row[i] in gone or row[i] in step):
+            i -= 1
+        looked[key] = i + 1
+        return row[i] if i >= 0 else None
+
+    uneven: dict[int, None] = {}
+    take(first)
+    while uneven:
+        b = next(iter(uneven))
+        choice = lowest((b, int(lost[b].argmin())))
         if choice is None:
             return None
-        step.append(choice)
+        step[choice] = None
         take(choice)
+    return list(step)

@@ -40,6 +40,10 @@ class Labels:
         line = self.ids.reshape(-1)
         return np.broadcast_to(line, (self.shape[dim],)) if line.size == 1 else line
 
+    def line(self, dim: int) -> Ids:
+        """Labels along one dim at the first place of all others; it has as many kept entries as any other place."""
+        return np.moveaxis(self.ids, dim, -1).reshape(-1, self.ids.shape[dim])[0]
+
 
 def fixed(shape: tuple[int, ...]) -> Labels:
     """Labels of a tensor without channels."""
@@ -110,6 +114,11 @@ class LabelSpace:
         if rows.shape[0] > 1:
             self.balances.append(Balance(rows=rows, reason=reason))
 
+    def keeps_rows(self, labels: Labels, dim: int) -> bool:
+        """Whether a dim holds rows of a balance: it never gets shorter."""
+        lines = np.moveaxis(labels.ids, dim, 0).reshape(labels.ids.shape[dim], -1)
+        return lines.shape[1] > 1 and any(_are_rows(lines, balance.rows) for balance in self.balances)
+
     def classes(self) -> Ids:
         """The smallest label of each label's class (connected components by hooking and jumping)."""
         parent = np.arange(self.count, dtype=np.int64)
@@ -129,3 +138,16 @@ class LabelSpace:
                 if (jumped == parent).all():
                     break
                 parent = jumped
+
+
+def _are_rows(lines: Ids, rows: Ids) -> bool:
+    """Whether each line is made of whole rows."""
+    flat = rows.reshape(-1)
+    if flat.size != lines.size:
+        return False
+    order = np.argsort(flat, kind="stable")
+    found = order[np.searchsorted(flat, lines.reshape(-1), sorter=order).clip(max=flat.size - 1)]
+    if not np.array_equal(flat[found], lines.reshape(-1)):
+        return False
+    row_of = (found // rows.shape[1]).reshape(lines.shape)
+    return all(set(row_of[i].tolist()).isdisjoint(row_of[i + 1 :].reshape(-1).tolist()) for i in range(len(row_of)))

@@ -4,13 +4,16 @@
 import math
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx, nn
 
+from fxslim.errors import TraceError
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
+from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.slots import LayerCall, Slot
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
@@ -46,10 +49,64 @@ def operator_name(node: fx.Node) -> str:
     return name.rstrip("_")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """Why a choice of channels does not work, and what to give up for it."""
+
+    reason: str
+    tied: frozenset[fx.Node] = frozenset()
+    whole: tuple[fx.Node, ...] = ()
+    even: tuple[tuple[fx.Node, fx.Node], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
+    as the others; views whose rows lose the very same entries; values that keep all their channels.
+    """
+
+    even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
+    tied: frozenset[fx.Node] = frozenset()
+    whole: dict[fx.Node, str] = field(default_factory=dict)
+
+    def after(self, *conflicts: Conflict) -> "Decisions":
+        """These and what conflicts ask for."""
+        more = Decisions(
+            even=self.even.union(*(conflict.even for conflict in conflicts)),
+            tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
+            whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
+        )
+        if (len(more.even), len(more.tied), len(more.whole)) == (len(self.even), len(self.tied), len(self.whole)):
+            raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
+        return more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshape:
+    """How a view moved labels: sizes of the spread labels before (``full``) and after, and its runs.
+
+    A run has the old dims, the new dims that share their elements, and which of those shrinks.
+    """
+
+    full: tuple[int, ...]
+    whole: tuple[int, ...]
+    runs: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Entries of a labelled dim that a split, slice or select takes."""
+
+    dim: int
+    start: int
+    stop: int
+
+
 class Propagation:
     """What a rule works with: labels of the values so far, the label space, slots and costs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, decisions: Decisions | None = None) -> None:
+        self.decisions = decisions or Decisions()
         self.space = LabelSpace()
         self.slots: dict[tuple[str, int], Slot] = {}
         self.calls: list[LayerCall] = []
@@ -59,6 +116,15 @@ class Propagation:
         self.batch = 0
         self.input_batches: set[int] = set()
         self.modules = dict(model.named_modules())
+        # Views that split channels in rows with a choice of their own, and what is needed to follow that choice.
+        self.splits: dict[fx.Node, Ids] = {}
+        self.reshapes: dict[fx.Node, Reshape] = {}
+        self.parts: dict[fx.Node, Part] = {}
+        self.uses: list[tuple[fx.Node, tuple[str, int], Ids, int]] = []
+        self.checks: list[SizeCheck] = []
+        # Rows that turned out to be reduced or mixed with each other.
+        self.wishes: list[Conflict] = []
+        self._node: fx.Node | None = None
 
     # --- what rules read
 
@@ -104,6 +170,8 @@ class Propagation:
             slot = self.slots[name, dim] = Slot(name=name, dim=dim, ids=ids, blocks=blocks, role=role)
         elif ids is not None:
             self.space.unify(slot.ids, ids)
+        if self._node is not None:
+            self.uses.append((self._node, slot.key, slot.ids if ids is None else ids, blocks))
         return slot
 
     def count(
@@ -117,6 +185,15 @@ class Propagation:
         name = node.meta["module"] or weight.rpartition(".")[0]
         total = positions * math.prod(self.states[weight].shape)
         self.calls.append(LayerCall(name=name, macs=total // self.batch, factors=factors))
+
+    def tie_rows(self, node: fx.Node, labels: Labels, dim: int) -> bool:
+        """Ask that rows which keep their number lose the same entries; False where the dim has no such rows."""
+        if not self.space.keeps_rows(labels, dim):
+            return False
+        views = frozenset(view for view, rows in self.splits.items() if np.isin(rows, labels.ids).any())
+        if views:
+            self.wishes.append(Conflict(reason=f"{operator_name(node)} mixes rows of channels", tied=views))
+        return bool(views)
 
     def freeze(self, labels: Labels | None, node: fx.Node, why: str) -> None:
         if labels is not None and labels.labelled:
@@ -155,7 +232,7 @@ class Propagation:
                 source, index = self.values[as_node(node.args[0])], as_int(node.args[1])
                 self.values[node] = source[index] if isinstance(source, list) else source
                 continue
-            name = operator_name(node)
+            name, self._node = operator_name(node), node
             if node.meta["mutates_view"]:
                 self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
             elif isinstance(self.modules.get(node.meta["module"]), nn.MultiheadAttention):
@@ -164,6 +241,11 @@ class Propagation:
                 self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
             else:
                 self.values[node] = RULES[name](self, node)
+        self._node = None
+        for node, reason in self.decisions.whole.items():
+            value = self.values.get(node)
+            if isinstance(value, Labels):
+                self.freeze(value, node, reason)
         for node in recording.outputs:
             self.freeze(self.labels(node), node, "model output")
 
@@ -198,7 +280,9 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
     if chosen is None:
         return fixed(shape)
     for operand in aligned:
-        if not operand.labelled and any(operand.shape[d] > 1 for d in chosen.varying):
+        if not operand.labelled and any(
+            operand.shape[d] > 1 and not propagation.space.keeps_rows(chosen, d) for d in chosen.varying
+        ):
             propagation.freeze(chosen, node, "combined with values that are no channels")
     return compressed(Labels(shape=shape, ids=chosen.ids))
 

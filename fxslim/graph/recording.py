@@ -13,38 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxslim.errors import TraceError
+from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
 from fxslim.graph.inputs import Inputs, output_tensors
-
-
-class _CurrentFunction(TorchFunctionMode):
-    """Remembers which torch function the user's code is in: ATen no longer tells chunk from split."""
-
-    def __init__(self) -> None:
-        self.stack: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.stack.append(getattr(func, "__name__", str(func)))
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.stack.pop()
 
 
 class _Recorder(TorchDispatchMode):
     """Writes each executed operator into an fx.Graph."""
 
-    def __init__(self, model: nn.Module, functions: _CurrentFunction, module_stack: list[str]) -> None:
+    def __init__(self, model: nn.Module, module_stack: list[str]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.states = {id(t): name for name, t in named_states(model)}
-        self.functions = functions
+        self.functions = CalledFunctions(self.node_of)
         self.module_stack = module_stack
 
     def node_of(self, value: Any) -> Any:
@@ -67,7 +53,7 @@ class _Recorder(TorchDispatchMode):
         inputs = tree_map(self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
         node = self.graph.call_function(func, inputs[0], inputs[1])
-        node.meta["function"] = self.functions.stack[-1] if self.functions.stack else ""
+        node.meta["call"] = self.functions.current
         node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
         node.meta["mutates_view"] = bool(is_view)
         if isinstance(result, Tensor):
@@ -156,8 +142,8 @@ def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:
     """Run the model once and write down what it executes."""
     inputs = inputs.copied()
-    functions, module_stack = _CurrentFunction(), list[str]()
-    recorder = _Recorder(model, functions, module_stack)
+    module_stack = list[str]()
+    recorder = _Recorder(model, module_stack)
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
     input_nodes = []
     for value in given:
@@ -166,7 +152,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
         input_nodes.append(node)
     with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, module_stack):
         try:
-            with functions, recorder:
+            with tagged_attributes(model), recorder.functions, recorder:
                 outputs = inputs.run(model)
         except Exception as error:
             mode = "train" if training else "eval"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
+from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals
 from fxslim.pruning.importance import Importance, channel_scores
@@ -46,12 +47,16 @@ def plan_pruning(
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     graph = trace(model, inputs)
-    if not graph.groups and ratio > 0:
-        raise PlanError(f"no channels can be removed:\n{graph.report()}")
-    scores = channel_scores(graph, model, importance, seed)
-    removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
-    kept = removals.kept_after(removals.count_for(ratio, target))
-    return _plan(graph, kept, inputs)
+    while True:
+        if not graph.groups and ratio > 0:
+            raise PlanError(f"no channels can be removed:\n{graph.report()}")
+        scores = channel_scores(graph, model, importance, seed)
+        removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
+        kept = removals.kept_after(removals.count_for(ratio, target))
+        arrangement = graph.arranger.arrange(kept)
+        if isinstance(arrangement, Arrangement):
+            return _plan(graph, kept, arrangement, inputs)
+        graph = graph.without(model, arrangement)
 
 
 def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:
@@ -78,12 +83,12 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
     return blocked
 
 
-def _plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
+def _plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
     cuts, shares = [], {}
     for slot in graph.resolved.slots:
         stays = kept[graph.resolved.of(slot)]
         if not stays.all():
-            keep = tuple(np.flatnonzero(stays).tolist())
+            keep = arrangement.orders.get(slot.key) or tuple(np.flatnonzero(stays).tolist())
             cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [
@@ -97,6 +102,7 @@ def _plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
         cuts=tuple(cuts),
         shapes=graph.state_shapes,
         rows=tuple(rows),
+        new_sizes=arrangement.attributes,
         macs=(cost.macs, round(cost.macs_with(shares))),
         params=(cost.params, round(cost.params_with(shares))),
         notes=(

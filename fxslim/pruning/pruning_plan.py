@@ -14,7 +14,9 @@ from fxslim.errors import CheckpointError, FxslimError, PlanError, TraceError
 from fxslim.graph.channel_graph import refuse_wrapped
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import named_states, undisturbed
+from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.cutting import Cut, Surgery
+from fxslim.graph.tagged_sizes import Attribute
 from fxslim.plan.applied_plans import check_fits, plain_name, remember_plan
 from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
 from fxslim.pruning.verification import Verification, verify_cuts
@@ -46,6 +48,8 @@ class PruningPlan:
     rows: tuple[GroupRow, ...]
     macs: tuple[int, int]
     params: tuple[int, int]
+    # Sizes that the user's own modules keep as attributes and read in their forward.
+    new_sizes: tuple[NewAttribute, ...] = ()
     # What the user should know: paths that the example inputs did not take.
     notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
@@ -61,7 +65,7 @@ class PruningPlan:
         """Cut the model and try its forward; returns what can undo it."""
         refuse_wrapped(model)
         check_fits(model, self.shapes)
-        surgery = Surgery(model, self._named_for(model), optimizer)
+        surgery = Surgery(model, self._named_for(model), optimizer, self.new_sizes)
         try:
             surgery.commit()
             for inputs in self.inputs:
@@ -108,7 +112,7 @@ class PruningPlan:
     def verify(self, model: nn.Module, inputs: Any) -> Verification:
         """Prove that the pruned model computes what the model computes with the removed channels silenced."""
         check_fits(model, self.shapes)
-        return verify_cuts(model, self._named_for(model), inputs)
+        return verify_cuts(model, self._named_for(model), inputs, self.new_sizes)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
@@ -124,6 +128,9 @@ class PruningPlan:
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "cuts": [[c.name, c.dim, c.blocks, pack_ranges(c.keep)] for c in self.cuts],
+            "new_sizes": [
+                [n.attribute.module, n.attribute.name, n.attribute.item, n.before, n.after] for n in self.new_sizes
+            ],
             "rows": [[r.name, r.before, r.after, r.layers] for r in self.rows],
             "macs": list(self.macs),
             "params": list(self.params),
@@ -141,6 +148,10 @@ class PruningPlan:
         try:
             return cls(
                 cuts=tuple(Cut(name=n, dim=d, blocks=b, keep=unpack_ranges(keep)) for n, d, b, keep in data["cuts"]),
+                new_sizes=tuple(
+                    NewAttribute(attribute=Attribute(module=m, name=n, item=i), before=b, after=a)
+                    for m, n, i, b, a in data.get("new_sizes", ())
+                ),
                 shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
                 rows=tuple(GroupRow(name=n, before=b, after=a, layers=k) for n, b, a, k in data["rows"]),
                 macs=(data["macs"][0], data["macs"][1]),

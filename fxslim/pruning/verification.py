@@ -6,6 +6,7 @@ to 0 in the full-size model, and norms that average over channels average over t
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import named_states, undisturbed
+from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.cutting import Cut, Surgery
 
 # Relative to the largest output of the twin.
@@ -114,12 +116,12 @@ def _broken(note: str) -> Verification:
     return Verification(ok=False, max_abs_diff=infinite, relative=infinite, effect=infinite, notes=(note,))
 
 
-def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
+def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any, new_sizes: Sequence[NewAttribute] = ()) -> Verification:
     """Compare the pruned model with its silenced twin on each example input."""
     original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
     silence(twin, cuts)
     try:
-        Surgery(pruned, cuts).commit()
+        Surgery(pruned, cuts, new_sizes=new_sizes).commit()
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
     worst, relative, effect = 0.0, 0.0, 0.0

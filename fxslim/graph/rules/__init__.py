@@ -6,4 +6,6 @@ from fxslim.graph.rules import elementwise as elementwise
 from fxslim.graph.rules import linear as linear
 from fxslim.graph.rules import movement as movement
 from fxslim.graph.rules import normalization as normalization
+from fxslim.graph.rules import parts as parts
 from fxslim.graph.rules import pixels as pixels
+from fxslim.graph.rules import reshaping as reshaping

@@ -3,8 +3,10 @@
 
 from torch import fx
 
-from fxslim.graph.labels import Labels, fixed
+from fxslim.graph.labels import Labels, along, fixed
 from fxslim.graph.propagation import Propagation, combined, results_without_channels, rule
+from fxslim.graph.rules.sizes import channels_of, size_given
+from fxslim.graph.tagged_sizes import Extent, TaggedInt
 
 UNARY = """
 relu relu6 gelu sigmoid hardsigmoid tanh silu hardswish hardtanh leaky_relu elu celu selu mish softplus softsign
@@ -48,5 +50,12 @@ def combine(propagation: Propagation, node: fx.Node) -> Labels:
 
 @rule(*FACTORIES)
 def create(propagation: Propagation, node: fx.Node) -> Labels:
-    """A new tensor has no channels."""
-    return fixed(node.meta["shape"])
+    """A new tensor has no channels, but along a dim whose size was read from channels it shrinks with them."""
+    shape = node.meta["shape"]
+    for d in range(len(shape)):
+        given = size_given(node, d)
+        expression = given.expression if isinstance(given, TaggedInt) else None
+        ids = channels_of(propagation, expression) if isinstance(expression, Extent) else None
+        if ids is not None:
+            return along(shape, d, ids)
+    return fixed(shape)

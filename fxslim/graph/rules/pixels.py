@@ -60,8 +60,12 @@ def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
     dims = [a for a in node.args[1:] if isinstance(a, list | tuple)]
     chosen = dims[0] if dims else [a for a in node.args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
     reduced = {d % len(x.shape) for d in chosen} if chosen else set(range(len(x.shape)))  # type: ignore[operator]
-    if any(d in reduced for d in x.varying):
-        return propagation.freeze_inputs(node, f"{node.meta['function'] or 'a reduction'} over channels")
+    over = [d for d in x.varying if d in reduced]
+    if over and not all(propagation.tie_rows(node, x, d) for d in over):
+        return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
+    if over:
+        # Runs again with the rows tied.
+        return fixed(results.shape)
     if len(results.shape) == len(x.shape):
         return Labels(shape=results.shape, ids=x.ids)
     kept = [size for d, size in enumerate(x.ids.shape) if d not in reduced]
@@ -74,7 +78,8 @@ def normalise_along(propagation: Propagation, node: fx.Node) -> Labels | list[La
     x = propagation.labels(node.args[0])
     if x is None:
         return fixed(node.meta["shape"])
-    if as_int(node.args[1]) % len(x.shape) in x.varying:
+    dim = as_int(node.args[1]) % len(x.shape)
+    if dim in x.varying and not propagation.tie_rows(node, x, dim):
         return propagation.freeze_inputs(node, "softmax over channels")
     return x
 

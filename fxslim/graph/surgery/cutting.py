@@ -7,7 +7,7 @@ alive can't be walked backward any more, new ones can.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,16 @@ from torch.optim import Optimizer
 
 from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
+from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.attributes import new_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Entries of one dim that stay. ``blocks`` > 1: indices run over all blocks of a grouped convolution."""
+    """Entries of one dim that stay, in their new order.
+
+    ``blocks`` > 1: indices run over all blocks of a grouped convolution.
+    """
 
     name: str
     dim: int
@@ -57,7 +61,13 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 class Surgery:
     """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out."""
 
-    def __init__(self, model: nn.Module, cuts: list[Cut], optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: list[Cut],
+        optimizer: Optimizer | None = None,
+        new_sizes: Sequence[NewAttribute] = (),
+    ) -> None:
         self.optimizer = optimizer
         self.states = dict(named_states(model))
         by_name: dict[str, list[Cut]] = {}
@@ -65,7 +75,7 @@ class Surgery:
             by_name.setdefault(cut.name, []).append(cut)
         self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
         self.optimizer_tensors = self._cut_optimizer(by_name)
-        self.attributes = self._attributes(model)
+        self.attributes = [*self._attributes(model), *_user_attributes(model, new_sizes)]
         self.undo_steps: list[Callable[[], None]] = []
 
     def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -112,6 +122,29 @@ class Surgery:
         """Everything as it was before ``commit``."""
         while self.undo_steps:
             self.undo_steps.pop()()
+
+
+def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
+    """Sizes that the user's modules keep for themselves, as whole attributes."""
+    values: dict[tuple[str, str], Any] = {}
+    modules = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): module for name, module in model.named_modules()
+    }
+    for new in new_sizes:
+        attribute = new.attribute
+        key = attribute.module, attribute.name
+        old = values.get(key, getattr(modules.get(attribute.module), attribute.name, None))
+        found = old if attribute.item is None else old[attribute.item] if isinstance(old, tuple | list) else None
+        if found != new.before:
+            raise PlanError(
+                f"the plan does not fit this model: {attribute} is {found}, the plan was made for {new.before}"
+            )
+        if attribute.item is None:
+            values[key] = new.after
+        else:
+            assert isinstance(old, tuple | list)
+            values[key] = type(old)([*old[: attribute.item], new.after, *old[attribute.item + 1 :]])
+    return [(modules[module], name, value) for (module, name), value in values.items()]
 
 
 def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:

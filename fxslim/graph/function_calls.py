@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which torch function the model is in while an operator runs, and the sizes that it was called with.
+
+ATen no longer tells chunk from split, nor a size that was computed from one that was written down.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fxslim.graph.tagged_sizes import Attribute, Extent, tagged
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+_WITH_SIZES = ("view", "reshape", "expand", "repeat", "tile", *_FACTORIES)
+_LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
+_WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "unflatten", "tensor_split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A torch function by its name; ``sizes`` as the user's code gave them (tagged or plain), None if it gave none."""
+
+    name: str = ""
+    sizes: tuple[Any, ...] | None = None
+    where: str = ""
+
+
+class CalledFunctions(TorchFunctionMode):
+    """Keeps the stack of calls, and answers questions about sizes with tagged ints."""
+
+    def __init__(self, node_of: Callable[[Tensor], fx.Node]) -> None:
+        self.stack: list[Call] = []
+        self.node_of = node_of
+
+    @property
+    def current(self) -> Call:
+        return self.stack[-1] if self.stack else Call()
+
+    def _with_tags(self, x: Tensor, sizes: Any) -> Any:
+        node = self.node_of(x)
+        if isinstance(sizes, int):
+            return sizes
+        return torch.Size([tagged(size, Extent(node=node, dim=d)) for d, size in enumerate(sizes)])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            if func.__self__ is torch.Tensor.shape:
+                return self._with_tags(args[0], func(*args))
+        elif func is torch.Tensor.size:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            sizes = self._with_tags(args[0], args[0].size())
+            return sizes if dim is None else sizes[int(dim)]
+        self.stack.append(self._call(name, args, kwargs))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.stack.pop()
+
+    def _call(self, name: str, args: Any, kwargs: dict[str, Any]) -> Call:
+        if name in _WITH_SIZES:
+            rest = args if name in _FACTORIES and not name.startswith("new_") else args[1:]
+            given = rest[0] if rest else kwargs.get("shape", kwargs.get("size"))
+            sizes = tuple(given) if isinstance(given, tuple | list) else tuple(rest)
+            known = all(isinstance(size, int) for size in sizes)
+            return Call(name=name, sizes=sizes if known else None, where=_users_line())
+        if name in _LIKE_ANOTHER and len(args) > 1:
+            return Call(name=name, sizes=tuple(self._with_tags(args[1], args[1].shape)), where=_users_line())
+        if name in _WITH_CUTS:
+            rest = (*args[1:], *kwargs.values())
+            return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=_users_line())
+        return Call(name=name)
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_without_tensors(item) for item in value)
+    return value if isinstance(value, int | slice | type(None) | type(...)) else None
+
+
+def _users_line() -> str:
+    """File and line of the first caller outside torch and this package."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else ""
+
+
+@contextlib.contextmanager
+def tagged_attributes(model: nn.Module) -> Iterator[None]:
+    """Put tagged ints in the place of the modules' int attributes, and of those in their tuples and lists."""
+    replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
+    try:
+        for module_name, module in model.named_modules():
+            attributes = vars(module)
+            for name, value in list(attributes.items()):
+                if name in _MODULE_INTERNALS:
+                    continue
+                stand_in = _stand_in(value, module_name, name)
+                if stand_in is not value:
+                    attributes[name] = stand_in
+                    replaced.append((attributes, name, stand_in, value))
+        yield
+    finally:
+        for attributes, name, stand_in, value in replaced:
+            if attributes.get(name) is stand_in:
+                attributes[name] = value
+
+
+def _stand_in(value: Any, module: str, name: str) -> Any:
+    if type(value) is int:
+        return tagged(value, Attribute(module=module, name=name))
+    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+        return type(value)(tagged(item, Attribute(module=module, name=name, item=i)) for i, item in enumerate(value))
+    return value

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views that merge and split dims; a split decides which of the new dims shrinks."""
+
+import math
+
+import numpy as np
+from torch import fx
+
+from fxslim.graph.labels import Ids, Labels, compressed
+from fxslim.graph.propagation import Propagation, Reshape, rule
+from fxslim.graph.rules.sizes import ATTRIBUTE, OWN, check_unlabelled, follow_count, shown_sizes, size_given, size_kind
+
+
+@rule("unsqueeze", "squeeze", "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def reshape(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Dims merge and split. Of the parts of a split dim one shrinks, the others stay as long as they are."""
+    x = propagation.labels(node.args[0])
+    assert x is not None
+    shape = node.meta["shape"]
+    if 0 in shape:
+        return propagation.freeze_inputs(node, "a view of an empty tensor")
+    ids, sizes = x.ids, [1] * len(shape)
+    runs = [run for run in matching_dims(x.shape, shape) if any(ids.shape[d] > 1 for d in run[0])]
+    for old, new in runs:
+        for d in old:
+            ids = np.repeat(ids, x.shape[d], axis=d) if ids.shape[d] == 1 else ids
+        for d in new:
+            sizes[d] = shape[d]
+    full, ids = ids.shape, ids.reshape(sizes)
+    check_unlabelled(propagation, node, [d for d in range(len(shape)) if not any(d in new for _, new in runs)])
+    settled = []
+    for old, new in runs:
+        dim, ids = _settle_run(propagation, node, ids, new)
+        if dim is None:
+            return propagation.freeze_inputs(node, _fixed_sizes(node))
+        settled.append((tuple(old), tuple(new), dim))
+    propagation.reshapes[node] = Reshape(full=full, whole=tuple(sizes), runs=tuple(settled))
+    return compressed(Labels(shape=shape, ids=ids))
+
+
+def _fixed_sizes(node: fx.Node) -> str:
+    call = node.meta["call"]
+    given = "" if call.sizes is None else f"{shown_sizes(call.sizes)} at {call.where}"
+    return f"{call.name or 'view'}{given} has fixed sizes"
+
+
+def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int]) -> tuple[int | None, Ids]:
+    """The new dim that shrinks (None if all are fixed), and the labels then."""
+    varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
+    kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
+    dim = next((d for d in varying if kinds[d] == OWN), None)
+    if dim is None:
+        dim = next((d for d in reversed(varying) if kinds[d] == ATTRIBUTE), None)
+    elsewhere = any(size > 1 for d, size in enumerate(ids.shape) if d not in new)
+    if dim is None or (len(varying) > 1 and (elsewhere or not _knows_sizes(node))):
+        return None, ids
+    line = np.moveaxis(ids, new, range(-len(new), 0)).reshape(-1, math.prod(ids.shape[d] for d in new))[0]
+    parts = math.prod(ids.shape[d] for d in new if d != dim)
+    follow_count(propagation, node, size_given(node, dim), line, parts=parts)
+    check_unlabelled(propagation, node, [d for d in new if d != dim])
+    return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
+
+
+def _knows_sizes(node: fx.Node) -> bool:
+    return node.meta["call"].sizes is not None
+
+
+def _split(propagation: Propagation, node: fx.Node, ids: Ids, dims: list[int], shrinking: int) -> Ids:
+    """Entries behind the shrinking dim go together; rows before it keep equal counts."""
+    for d in dims:
+        if d > shrinking:
+            first = ids.take([0], axis=d)
+            propagation.space.unify(np.broadcast_to(first, ids.shape), ids)
+            ids = first
+    outer = [d for d in dims if d < shrinking]
+    if not outer:
+        return ids
+    rows = ids.reshape(math.prod(ids.shape[:shrinking]), -1)
+    if node in propagation.decisions.tied:
+        propagation.space.unify(np.broadcast_to(rows[:1], rows.shape), rows)
+        for d in outer:
+            ids = ids.take([0], axis=d)
+        return ids
+    propagation.splits[node] = rows
+    propagation.space.balance(rows, f"{len(rows)} rows of a view in {node.meta['module'] or 'the model'}")
+    return ids
+
+
+def matching_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of old and new dims with equal numbers of elements, in order.
+
+    >>> matching_dims((2, 6, 4, 4), (2, 2, 3, 16))
+    [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
+    """
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        run: tuple[list[int], list[int]] = ([], [])
+        a = b = 1
+        while not (run[0] or run[1]) or a != b:
+            if (a <= b and i < len(old)) or j >= len(new):
+                a, i = a * old[i], i + 1
+                run[0].append(i - 1)
+            else:
+                b, j = b * new[j], j + 1
+                run[1].append(j - 1)
+        runs.append(run)
+    return runs

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tries a removal on labels alone, and gives up exactly what does not work out.
+
+Sizes that the forward computes and the order of channels behind split views can only be judged for a
+concrete choice. A random choice shows structural conflicts: the views involved are tied, or their
+channels stay, and the labels are run again until nothing conflicts.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from fxslim.graph.groups import ResolvedLabels, removal_steps
+from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder, SlotKey
+from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
+from fxslim.graph.recording import Recording
+from fxslim.graph.size_checks import NewAttribute, NewSizes
+from fxslim.graph.slots import LayerCall
+from fxslim.graph.tagged_sizes import Extent, leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """What a choice of channels means beyond sets of indices: orders of parameter dims, values of attributes."""
+
+    orders: dict[SlotKey, tuple[int, ...]]
+    attributes: tuple[NewAttribute, ...]
+
+
+class Arranger:
+    """Works out arrangements for one propagation."""
+
+    def __init__(
+        self,
+        propagation: Propagation,
+        resolved: ResolvedLabels,
+        recordings: list[Recording],
+        calls: tuple[LayerCall, ...],
+    ) -> None:
+        self.propagation = propagation
+        # The cost of one forward on the first example.
+        self.calls = calls
+        self.resolved = resolved
+        self.recordings = recordings
+
+    def arrange(self, keep: np.ndarray) -> Arrangement | Conflict:
+        """The arrangement for the classes that stay."""
+        propagation = self.propagation
+        sizes = NewSizes(
+            keep=keep,
+            classes=self.resolved.classes,
+            modules=propagation.modules,
+            states=propagation.states,
+            slot_ids={key: (slot.ids, slot.blocks) for key, slot in propagation.slots.items()},
+            values=propagation.values,
+        )
+        failure = sizes.failed(propagation.checks)
+        if failure is not None:
+            check, reason = failure
+            read = [leaf.node for leaf in leaves(check.expression) if isinstance(leaf, Extent)]
+            return Conflict(reason=reason, tied=frozenset(), whole=(*check.node.all_input_nodes, *read))
+        if not propagation.splits:
+            return Arrangement(orders={}, attributes=sizes.new_attributes())
+        order = KeptOrder(propagation, self.resolved.classes, keep)
+        misorder = order.run(self.recordings)
+        if misorder is not None:
+            return self._way_out(misorder)
+        return Arrangement(orders=order.slots, attributes=sizes.new_attributes())
+
+    def _way_out(self, misorder: Misorder) -> Conflict:
+        """Even counts where channels are parted after a shuffle; else the shuffled rows are tied; else they stay."""
+        node, decisions = misorder.node, self.propagation.decisions
+        reason = f"channels in two orders meet in {node.meta.get('module') or 'the forward'}"
+        owner = as_node(node.args[0]) if node.target is operator.getitem else node
+        uneven = [(owner, view) for view in misorder.splits if (owner, view) not in decisions.even]
+        if operator_name(owner) in PARTING and uneven:
+            return Conflict(reason=reason, even=tuple(uneven))
+        free = misorder.splits - decisions.tied
+        return Conflict(reason=reason, tied=free, whole=() if free else tuple(node.all_input_nodes))
+
+    def trial(self) -> Conflict | None:
+        """A random half of what each group can lose."""
+        resolved, groups = self.resolved, self.resolved.groups()
+        random = np.random.default_rng(0)
+        candidates = np.concatenate([group.channels for group in groups] or [np.zeros(0, dtype=np.int64)])
+        group_of = np.zeros(len(resolved.classes), dtype=np.int64)
+        for i, group in enumerate(groups):
+            group_of[group.channels] = i
+        left = np.array([len(group) // 2 for group in groups])
+        steps, _ = removal_steps(random.permutation(candidates).tolist(), resolved.frozen, resolved.balances)
+        keep = np.ones(len(resolved.classes), dtype=bool)
+        for step in steps:
+            lost = np.bincount(group_of[step], minlength=len(groups))
+            if (lost <= left).all():
+                left -= lost
+                keep[step] = False
+        outcome = self.arrange(keep)
+        return outcome if isinstance(outcome, Conflict) else None
+
+
+def settle(model: nn.Module, recordings: list[Recording], decisions: Decisions | None = None) -> Arranger:
+    """Run the labels until a trial removal works out."""
+    decisions = decisions or Decisions()
+    while True:
+        propagation = Propagation(model, decisions)
+        propagation.run(recordings[0])
+        calls = tuple(propagation.calls)
+        for recording in recordings[1:]:
+            propagation.run(recording)
+        if propagation.wishes:
+            decisions = decisions.after(*propagation.wishes)
+            continue
+        arranger = Arranger(propagation, ResolvedLabels(propagation), recordings, calls)
+        if not propagation.splits and not propagation.checks:
+            return arranger
+        conflict = arranger.trial()
+        if conflict is None:
+            return arranger
+        decisions = decisions.after(conflict)
