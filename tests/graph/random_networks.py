@@ -6,6 +6,8 @@ import random
 import torch
 from torch import Tensor, nn
 
+from tests.graph.random_views import VIEWS
+
 
 class SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
@@ -84,6 +86,9 @@ class RandomNetwork(nn.Module):
             self.emit(("cat", "", source, other), c + self.channels[other])
         elif step in ("chunk_add", "chunk_swap") and c % 2 == 0:
             self.emit((step, "", source), c // 2 if step == "chunk_add" else c)
+        elif step == "view" and 4 <= c <= 48:
+            view = pick(VIEWS)(c)
+            self.emit(("call", self.layer(view), source), view.channels)
         elif step == "shared":
             name = self.layer(nn.Conv2d(c, c, 3, padding=1))
             self.emit(("call", name, source), c)
@@ -140,6 +145,9 @@ STEPS = [
     "chunk_add",
     "chunk_swap",
     "shared",
+    "view",
+    "view",
+    "view",
 ]
 
 

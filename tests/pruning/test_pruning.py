@@ -200,11 +200,26 @@ class LiteralSize(nn.Module):
         return self.fc(self.conv(x).view(-1, 8 * 14 * 14))
 
 
+def test_a_size_written_as_a_number_freezes_with_file_and_line() -> None:
+    with pytest.raises(PlanError, match=r"conv: view\(-1, 1568\) at test_pruning.py:\d+ has fixed sizes"):
+        fxslim.plan_pruning(LiteralSize(), X, ratio=0.4)
+
+
+class HiddenSize(LiteralSize):
+    """The number is out of sight: a string is no size."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        if str(x.shape[1]) != "8":
+            raise RuntimeError("made for 8 channels")
+        return self.fc(x.flatten(1))
+
+
 def test_a_forward_that_fails_afterwards_is_undone() -> None:
-    model = LiteralSize()
+    model = HiddenSize()
     plan = fxslim.plan_pruning(model, X, ratio=0.4)
     before = snapshot(model)
-    with pytest.raises(PlanError, match=r"written as a number\. Nothing was changed"):
+    with pytest.raises(PlanError, match=r"made for 8 channels.*Nothing was changed"):
         plan.apply(model)
     assert_unchanged(before, snapshot(model))
 

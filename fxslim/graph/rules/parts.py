@@ -133,11 +133,8 @@ def _settle_bound(propagation: Propagation, node: fx.Node, x: Labels, dim: int, 
         propagation.freeze(Labels(shape=(), ids=before), node, f"a slice up to {position} at {where}")
         return
     piece = math.gcd(position, length)
-    reads_itself = any(
-        isinstance(leaf, Extent) and (ids := channels_of(propagation, leaf)) is not None and np.array_equal(ids, line)
-        for leaf in leaves(bound.expression)
-    )
-    if reads_itself:
+    read = [channels_of(propagation, leaf) for leaf in leaves(bound.expression) if isinstance(leaf, Extent)]
+    if any(ids is not None and np.array_equal(np.sort(ids), np.sort(line)) for ids in read):
         pieces = np.split(x.ids, length // piece, axis=dim)
         propagation.space.balance(np.stack([p.reshape(-1) for p in pieces]), f"parts of a slice at {where}")
         _keep_even(propagation, node, pieces)

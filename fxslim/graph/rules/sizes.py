@@ -51,7 +51,7 @@ def channels_of(propagation: Propagation, leaf: Extent) -> Ids | None:
 def follow_count(
     propagation: Propagation, node: fx.Node, given: Any, line: Ids, *, parts: int = 1, static: int = 0
 ) -> None:
-    """A size must be the kept entries of ``line`` divided by ``parts``; other channels that it reads keep equal counts."""
+    """A size must be the kept entries of ``line`` over ``parts``; other channels that it reads keep equal counts."""
     if not isinstance(given, TaggedInt):
         return
     expression = given.expression
