@@ -37,7 +37,7 @@ class Cut:
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
     """A tensor with only the kept entries, in its memory format."""
     result = tensor.detach()
-    for cut in sorted(cuts, key=lambda c: -c.blocks):
+    for cut in sorted(cuts, key=lambda c: (-c.blocks, c.dim)):
         index = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
         result = _cut_blocks(result, cut, index) if cut.blocks > 1 else result.index_select(cut.dim, index)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
@@ -95,9 +95,9 @@ class Surgery:
 
     def _attributes(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         changes = []
+        names = {id(state): name for name, state in self.states.items()}
         for module in model.modules():
             local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            names = {id(state): name for name, state in self.states.items()}
             tensors = {n: self.tensors.get(names.get(id(t), ""), t) for n, t in local}
             if any(tensors[n] is not t for n, t in local):
                 values = new_attributes(module, tensors)
