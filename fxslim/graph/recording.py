@@ -8,7 +8,7 @@ changed: mode, buffers and random state are restored.
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,25 @@ from fxslim.errors import TraceError
 from fxslim.graph.inputs import Inputs, output_tensors
 
 
+# Functions written down as one operator, not as what they are made of: a rule knows more about the whole.
+WHOLE = frozenset(
+    """
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pack_padded_sequence
+    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm
+    """.split()
+)
+
+
 class _CurrentFunction(TorchFunctionMode):
     """Remembers which torch function the user's code is in: ATen no longer tells chunk from split."""
 
     def __init__(self) -> None:
         self.stack: list[str] = []
+        self.take_whole: Callable[..., Any] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.take_whole is not None and getattr(func, "__name__", "") in WHOLE:
+            return self.take_whole(func, args, kwargs or {})
         self.stack.append(getattr(func, "__name__", str(func)))
         try:
             return func(*args, **(kwargs or {}))
@@ -45,6 +57,8 @@ class _Recorder(TorchDispatchMode):
         self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.states = {id(t): name for name, t in named_states(model)}
         self.functions = functions
+        self.functions.take_whole = self.take_whole
+        self.inside_whole = False
         self.module_stack = module_stack
 
     def node_of(self, value: Any) -> Any:
@@ -63,13 +77,30 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.inside_whole:
+            return func(*args, **kwargs)
         is_view = func._schema.is_mutable and any(value._is_view() for value in _written(func, args, kwargs))
         inputs = tree_map(self.node_of, (args, kwargs))
         result = func(*args, **kwargs)
+        self._write(func, inputs, result, mutates_view=bool(is_view))
+        return result
+
+    def take_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Write one operator for a function and nothing of what it runs."""
+        inputs = tree_map(self.node_of, (args, kwargs))
+        self.inside_whole = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside_whole = False
+        self._write(func, inputs, result, mutates_view=False)
+        return result
+
+    def _write(self, func: Any, inputs: Any, result: Any, *, mutates_view: bool) -> None:
         node = self.graph.call_function(func, inputs[0], inputs[1])
         node.meta["function"] = self.functions.stack[-1] if self.functions.stack else ""
         node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
-        node.meta["mutates_view"] = bool(is_view)
+        node.meta["mutates_view"] = mutates_view
         if isinstance(result, Tensor):
             self._remember(node, result)
         elif isinstance(result, tuple | list):
@@ -77,7 +108,6 @@ class _Recorder(TorchDispatchMode):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
                     self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
-        return result
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products with a parameter, embeddings; products of activations stay whole."""
+"""Matrix products with a parameter, bilinear layers; products of activations stay whole."""
 
 import math
 
-import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Labels, along
@@ -17,7 +16,7 @@ def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str
         return None
     propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
     out = propagation.slot(weight, out_dim, role="producer").ids
-    propagation.count(node, weight, x, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
+    propagation.count(node, weight, x.shape[0] if len(x.shape) > 1 else 1, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
     return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
 
 
@@ -37,7 +36,7 @@ def multiply(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         result = _linear(propagation, node, node.args[0], weight, _out_dim(node.args[1]))
         if result is not None:
             return result
-    return propagation.freeze_inputs(node, "matrix product of activations")
+    return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 
 
 @rule("addmm")
@@ -49,17 +48,26 @@ def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[L
         if result is not None:
             propagation.slot(bias, 0, result.vector(len(result.shape) - 1))
             return result
-    return propagation.freeze_inputs(node, "matrix product of activations")
+    return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 
 
-@rule("embedding")
-def embed(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """Rows are looked up, columns are channels."""
-    weight, indices = propagation.state_name(node.args[0]), propagation.labels(node.args[1])
-    if weight is None:
-        return propagation.freeze_inputs(node, "embedding of an activation")
-    propagation.freeze(indices, node, "indices of an embedding")
-    rows = propagation.slot(weight, 0, np.zeros(propagation.states[weight].shape[0], dtype=np.int64))
-    propagation.freeze(Labels(shape=(), ids=rows.ids), node, "rows of an embedding")
-    out = propagation.slot(weight, 1, role="producer").ids
-    return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
+@rule("bilinear")
+def multiply_twice(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Reads the channels of two inputs, makes its own."""
+    given = [*node.args, *node.kwargs.values()]
+    a, b, weight = propagation.labels(given[0]), propagation.labels(given[1]), propagation.state_name(given[2])
+    bias = given[3] if len(given) > 3 else None
+    if weight is None or a is None or b is None or propagation.has_computed([bias] if bias is not None else []):
+        return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight of a bilinear layer"))
+    last = len(a.shape) - 1
+    if any(d != last for labels in (a, b) for d in labels.varying):
+        return propagation.freeze_inputs(node, "a bilinear layer reads channels along another dim than the last")
+    propagation.slot(weight, 1, a.vector(last), role="consumer")
+    propagation.slot(weight, 2, b.vector(last), role="consumer")
+    out = propagation.slot(weight, 0, role="producer").ids
+    name = propagation.state_name(bias)
+    if name is not None:
+        propagation.slot(name, 0, out)
+    batch = a.shape[0] if last else 1
+    propagation.count(node, weight, batch, math.prod(a.shape[:-1]), ((weight, 0), (weight, 1), (weight, 2)))
+    return along(node.meta["shape"], last, out)

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
-from fxslim.graph.surgery.attributes import new_attributes
+from fxslim.graph.surgery.attributes import new_attributes, new_size
+from fxslim.graph.unweighted_norms import unweighted_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,11 @@ class Surgery:
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
+        sizes = {name: by_name.pop(name) for name in list(by_name) if name not in self.states}
         self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
         self.optimizer_tensors = self._cut_optimizer(by_name)
-        self.attributes = self._attributes(model)
+        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes)]
+        self.recurrent = [module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)]
         self.undo_steps: list[Callable[[], None]] = []
 
     def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -104,6 +107,9 @@ class Surgery:
         for module, key, value in self.attributes:
             self.undo_steps.append(functools.partial(setattr, module, key, getattr(module, key)))
             setattr(module, key, value)
+        for layer in self.recurrent:
+            # On a GPU its weights must lie in one piece of memory.
+            layer.flatten_parameters()
         for kept, key, tensor in self.optimizer_tensors:
             self.undo_steps.append(functools.partial(kept.__setitem__, key, kept[key]))
             kept[key] = tensor
@@ -112,6 +118,17 @@ class Surgery:
         """Everything as it was before ``commit``."""
         while self.undo_steps:
             self.undo_steps.pop()()
+
+
+def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
+    """New sizes of norms that have no parameters to cut."""
+    norms = {name: (module, attribute) for name, module, attribute in unweighted_norms(model)}
+    changes = []
+    for name, mine in cuts.items():
+        module, attribute = norms[name]
+        kept = {cut.dim: len(cut.keep) for cut in mine}
+        changes.append((module, attribute, new_size(getattr(module, attribute), kept)))
+    return changes
 
 
 def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
