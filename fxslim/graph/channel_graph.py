@@ -79,7 +79,7 @@ class ChannelGraph:
                 frozen[owner(slot.name)] = self.resolved.reasons[int(classes[0])]
         for name, why in self.resolved.whole.items():
             if len(self.state_shapes[name]) > 1:
-                frozen.setdefault(owner(name), why)
+                frozen.setdefault(owner(name) or name, why)
         return frozen
 
     def report(self) -> str:

@@ -15,11 +15,11 @@ _REMOVERS: dict[type, tuple[str, str]] = {
 }
 
 
-def computed_layers(model: nn.Module) -> dict[str, str]:
+def find_computed_layers(model: nn.Module) -> dict[str, str]:
     """Why each such layer keeps its channels, and what to do about it.
 
     >>> net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
-    >>> computed_layers(net)["0"].partition(":")[0]
+    >>> find_computed_layers(net)["0"].partition(":")[0]
     '0.weight is made by _WeightNorm'
     """
     return {name: reason for name, module in model.named_modules() if (reason := _reason(name, module))}

@@ -7,9 +7,7 @@ from fxslim.graph.labels import Freeze, Ids
 from fxslim.graph.slots import Slot
 
 
-def settle_entries(
-    entries: Mapping[str, Ids], slots: Iterable[Slot], classes: Ids
-) -> tuple[list[Slot], list[Freeze]]:
+def settle_entries(entries: Mapping[str, Ids], slots: Iterable[Slot], classes: Ids) -> tuple[list[Slot], list[Freeze]]:
     """Slots of the parameters whose entries turned out to be one channel along all dims but one; others freeze.
 
     >>> import numpy as np

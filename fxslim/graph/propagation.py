@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx, nn
 
-from fxslim.graph.computed_layers import computed_layers
+from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.slots import LayerCall, Slot, owner
@@ -67,7 +67,7 @@ class Propagation:
         self.entries: dict[str, Ids] = {}
         # Why states stay whole, and why layers do whose weights are computed from others.
         self.whole: dict[str, str] = {}
-        self.computed = computed_layers(model)
+        self.computed = find_computed_layers(model)
         for name in self.states:
             if (layer := owner(name)) in self.computed:
                 self._keep_whole(name, self.computed[layer])
@@ -92,7 +92,7 @@ class Propagation:
         if len(long) == 1:
             return along(shape, long[0], self.slot(name, long[0]).ids)
         if not long or name in self.whole or math.prod(shape) > MOST_ENTRIES:
-            self.freeze_state(name, node, "a parameter used directly")
+            self.freeze_state(name, node, f"{name} is a parameter used directly")
             return fixed(shape)
         self.reached.add(name)
         if name not in self.entries:
@@ -220,9 +220,10 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
             propagation.space.unify(chosen.ids, operand.ids)
             chosen = min(chosen, operand, key=lambda labels: len(labels.varying))
         else:
-            for one in (chosen, operand):
-                propagation.freeze(one, node, "labels along different dims meet")
-            return fixed(shape)
+            propagation.freeze(operand, node, "channels along different dims meet")
+            if any(operand.shape[d] > 1 for d in chosen.varying):
+                propagation.freeze(chosen, node, "channels along different dims meet")
+                return fixed(shape)
     if chosen is None:
         return fixed(shape)
     for operand in aligned:

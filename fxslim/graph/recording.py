@@ -21,7 +21,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxslim.errors import TraceError
 from fxslim.graph.inputs import Inputs, output_tensors
 
-
 # Functions written down as one operator, not as what they are made of: a rule knows more about the whole.
 WHOLE = frozenset(
     """
@@ -103,8 +102,10 @@ class _Recorder(TorchDispatchMode):
         node.meta["mutates_view"] = mutates_view
         if isinstance(result, Tensor):
             self._remember(node, result)
-        elif isinstance(result, tuple | list):
-            node.meta["shape"] = None
+        else:
+            # Several results, or a number.
+            node.meta["shape"] = None if isinstance(result, tuple | list) else ()
+        if isinstance(result, tuple | list):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
                     self._remember(self.graph.call_function(operator.getitem, (node, i)), item)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fxslim.graph.labels import Ids
 
 
-
 def owner(name: str) -> str:
     """The layer that a parameter or buffer belongs to; a parametrization is part of its layer.
 

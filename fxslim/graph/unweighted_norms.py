@@ -25,10 +25,10 @@ def size_attribute(module: nn.Module | None) -> str:
     return next((attribute for kind, attribute in _SIZES if isinstance(module, kind)), "")
 
 
-def unweighted_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def find_unweighted_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name of the stand-in, module and attribute of each norm without parameters.
 
-    >>> [name for name, _, _ in unweighted_norms(nn.Sequential(nn.LayerNorm(4, elementwise_affine=False)))]
+    >>> [name for name, _, _ in find_unweighted_norms(nn.Sequential(nn.LayerNorm(4, elementwise_affine=False)))]
     ['0.normalized_shape']
     """
     for name, module in model.named_modules():

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.surgery.cutting import Cut, Surgery
-from fxslim.graph.unweighted_norms import unweighted_norms
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 
 # Relative to the largest output of the twin.
 TOLERANCE = 1e-9
@@ -99,7 +99,7 @@ class NormsOverKept(TorchFunctionMode):
     def __init__(self, model: nn.Module, cuts: list[Cut]) -> None:
         super().__init__()
         states = dict(named_states(model))
-        for name, module, attribute in list(unweighted_norms(model)):
+        for name, module, attribute in list(find_unweighted_norms(model)):
             if attribute != "num_features" and any(cut.name == name for cut in cuts):
                 module.weight = nn.Parameter(next(model.parameters()).new_ones(getattr(module, attribute)))
                 states[name] = module.weight
@@ -124,6 +124,13 @@ class NormsOverKept(TorchFunctionMode):
         return torch.zeros_like(x).index_copy(dim, index, func(part, second, *rest, **named))
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; attributes that hang in an autograd graph, such as weight norm's weight, are copied by value."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    inner = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in inner})
+
+
 def _broken(note: str) -> Verification:
     infinite = float("inf")
     return Verification(ok=False, max_abs_diff=infinite, relative=infinite, effect=infinite, notes=(note,))
@@ -131,7 +138,7 @@ def _broken(note: str) -> Verification:
 
 def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
     """Compare the pruned model with its silenced twin on each example input."""
-    original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
+    original, twin, pruned = (_copied(model).double() for _ in range(3))
     silence(twin, cuts)
     try:
         Surgery(pruned, cuts).commit()

@@ -49,9 +49,7 @@ def _depthwise(propagation: Propagation, weight: str, line: Ids, made: int, tran
     return out
 
 
-def _grouped(
-    propagation: Propagation, node: fx.Node, weight: str, line: Ids, groups: int, transposed: bool
-) -> Ids:
+def _grouped(propagation: Propagation, node: fx.Node, weight: str, line: Ids, groups: int, transposed: bool) -> Ids:
     """The weight's first dim has all channels of one side; its second those of the other side, block by block."""
     where = node.meta["module"]
     if transposed:

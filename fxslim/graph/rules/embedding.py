@@ -4,8 +4,8 @@
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, along
-from fxslim.graph.propagation import Propagation, results_without_channels, rule
+from fxslim.graph.labels import Ids, Labels, along, fixed
+from fxslim.graph.propagation import Propagation, as_node, operator_name, results_without_channels, rule
 
 
 @rule("embedding")
@@ -28,8 +28,12 @@ def embed_bags(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
 
 @rule("embedding_renorm")
 def renormalise(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """The forward writes to the table itself."""
-    return propagation.freeze_inputs(node, "max_norm scales the rows of a table by all their columns")
+    """A table that the forward changes stays."""
+    table = as_node(node.args[0])
+    name = propagation.state_name(table.args[0] if operator_name(table) == "detach" else table)
+    if name is not None:
+        propagation.freeze_state(name, node, "max_norm makes the forward change its table")
+    return fixed(node.meta["shape"])
 
 
 def _look_up(propagation: Propagation, node: fx.Node) -> Ids | None:

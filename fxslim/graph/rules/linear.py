@@ -6,7 +6,7 @@ import math
 from torch import fx
 
 from fxslim.graph.labels import Labels, along
-from fxslim.graph.propagation import Propagation, rule
+from fxslim.graph.propagation import Propagation, operator_name, rule
 
 
 def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str, out_dim: int) -> Labels | None:
@@ -16,8 +16,16 @@ def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str
         return None
     propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
     out = propagation.slot(weight, out_dim, role="producer").ids
-    propagation.count(node, weight, x.shape[0] if len(x.shape) > 1 else 1, math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
+    propagation.count(node, weight, _batch(x_node), math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
     return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
+
+
+def _batch(x_node: object) -> int:
+    """The first size before a linear layer made one dim of batch and positions."""
+    while isinstance(x_node, fx.Node) and x_node.op == "call_function" and operator_name(x_node) in ("view", "t"):
+        x_node = x_node.args[0]
+    shape = x_node.meta["shape"] if isinstance(x_node, fx.Node) else ()
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _out_dim(value: object) -> int:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.surgery.attributes import new_attributes, new_size
-from fxslim.graph.unweighted_norms import unweighted_norms
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Surgery:
 
 def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
     """New sizes of norms that have no parameters to cut."""
-    norms = {name: (module, attribute) for name, module, attribute in unweighted_norms(model)}
+    norms = {name: (module, attribute) for name, module, attribute in find_unweighted_norms(model)}
     changes = []
     for name, mine in cuts.items():
         module, attribute = norms[name]
