@@ -144,6 +144,7 @@ def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
         Surgery(pruned, cuts).commit()
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
+    norms = NormsOverKept(twin, cuts)
     worst, relative, effect = 0.0, 0.0, 0.0
     notes: list[str] = []
     for example in as_inputs(inputs):
@@ -153,7 +154,7 @@ def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any) -> Verification:
             got = outputs_of(pruned, wide)
         except Exception as error:
             return _broken(f"the pruned model does not run: {type(error).__name__}: {error}")
-        with NormsOverKept(twin, cuts):
+        with norms:
             want = outputs_of(twin, wide)
         # Each output by its own scale: a large one must not hide an error in another.
         for a, b, c in zip(whole, want, got, strict=True):

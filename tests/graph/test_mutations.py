@@ -103,7 +103,7 @@ def blocks_as_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Propagation.slot
 
     def slot(self, name, dim, ids=None, *, blocks=1, **settings):
-        if blocks > 1 and (name, dim) not in self.slots:
+        if blocks > 1 and ids is not None and (name, dim) not in self.slots:
             ids = ids[: len(ids) // blocks]
         return original(self, name, dim, ids, **settings)
 
