@@ -105,6 +105,14 @@ class Propagation:
             value = value.args[0]
         return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
+    def tied_along(self, labels: Labels, dim: int) -> Labels:
+        """The labels with one channel along all other dims, where they vary along ``dim`` at all."""
+        if dim not in labels.varying or len(labels.varying) == 1:
+            return labels
+        line = labels.ids[tuple(slice(None) if d == dim else slice(1) for d in range(labels.ids.ndim))]
+        self.space.unify(np.broadcast_to(line, labels.ids.shape), labels.ids)
+        return Labels(shape=labels.shape, ids=line)
+
     def has_computed(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""
         return any(isinstance(value, fx.Node) and self.state_name(value) is None for value in values)

@@ -204,6 +204,37 @@ def test_parameters_used_directly(scale: tuple[int, ...]) -> None:
     assert model.scale.shape == tuple(width if size == 12 else size for size in scale)
 
 
+class Latents(nn.Module):
+    """Learned queries and registers: parameters that are tokens of their own."""
+
+    def __init__(self, *, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.queries, self.registers = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(1, 4, 12))
+        self.norm, self.up, self.down, self.head = (
+            nn.LayerNorm(12),
+            nn.Linear(12, 20),
+            nn.Linear(20, 12),
+            nn.Linear(12, 3),
+        )
+        self.patches, self.shifts = nn.Conv2d(3, 12, 4, 4), nn.Parameter(torch.randn(1, 3, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        a, b, c = self.shifts.chunk(3, dim=1)
+        x = torch.cat([self.registers.expand(len(x), -1, -1), x * a], 1) * b + c
+        latents = self.queries + self.down(F.gelu(self.up(self.norm(self.queries))))
+        return self.head(torch.sigmoid(x.mean(1, keepdim=True)) * latents)
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (1, 6, 12)])
+def test_parameters_that_are_tokens(shape: tuple[int, ...]) -> None:
+    model = check_family(Latents(shape=shape), picture(), prunes="patches up down")
+    width = model.head.in_features
+    assert model.queries.shape == (*shape[:-1], width)
+    assert model.registers.shape == (1, 4, width)
+    assert model.shifts.shape == (1, 3, width)
+
+
 def test_layer_scale_of_a_feature_map() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -152,6 +152,15 @@ def test_an_encoder_gives_its_state_to_a_decoder() -> None:
     assert model.encoder.hidden_size == model.decoder.hidden_size < 9
 
 
+def test_weights_lie_in_one_piece_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = randomise(Tower(nn.GRU(6, 9), inputs=6)), []
+    plan = fxslim.plan_pruning(model, torch.randn(3, 4, 5), ratio=0.4, importance="random")
+    monkeypatch.setattr(nn.GRU, "flatten_parameters", lambda self: sizes.append(self.weight_hh_l0.shape[1]))
+    plan.apply(model)
+    assert sizes == [model.rnn.hidden_size]
+    assert sizes[0] < 9
+
+
 def test_macs() -> None:
     cost = fxslim.trace(nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=3), torch.randn(7, 2, 6)).cost
     first, second, projection = 4 * 8 * (6 + 3), 4 * 8 * (6 + 3), 3 * 8

@@ -12,7 +12,10 @@ from fxslim.graph.propagation import Propagation, operator_name, rule
 def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str, out_dim: int) -> Labels | None:
     """x times a parameter whose ``out_dim`` is the output; None where x's labels are not in its last dim."""
     x = propagation.labels(x_node)
-    if x is None or any(d != len(x.shape) - 1 for d in x.varying):
+    if x is None:
+        return None
+    x = propagation.tied_along(x, len(x.shape) - 1)
+    if any(d != len(x.shape) - 1 for d in x.varying):
         return None
     propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
     out = propagation.slot(weight, out_dim, role="producer").ids

@@ -92,6 +92,7 @@ def layer_norm(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
     x = propagation.labels(node.args[0])
     if x is None:
         return results_without_channels(node)
+    x = propagation.tied_along(x, len(x.shape) - 1)
     shape = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
     outside = len(x.shape) - len(shape)  # type: ignore[arg-type]
     inside = [d - outside for d in x.varying if d >= outside]

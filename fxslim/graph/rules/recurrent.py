@@ -66,7 +66,7 @@ def _tie_state(propagation: Propagation, node: fx.Node, value: fx.Node, rows: Id
         propagation.space.freeze(rows, f"the first state of {node.meta['module']} is given from outside")
     else:
         propagation.space.unify(np.broadcast_to(ids, rows.shape), rows)
-        if any(np.isin(ids, entries).any() for entries in propagation.entries.values()):
+        if rows.ndim > 1 and any(np.isin(ids, entries).any() for entries in propagation.entries.values()):
             # A learned state is one tensor, cut alike for all layers.
             propagation.space.unify(np.broadcast_to(rows[:1], rows.shape), rows)
 

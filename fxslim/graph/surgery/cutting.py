@@ -68,7 +68,7 @@ class Surgery:
         self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
         self.optimizer_tensors = self._cut_optimizer(by_name)
         self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes)]
-        self.recurrent = [module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)]
+        self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
         self.undo_steps: list[Callable[[], None]] = []
 
     def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
