@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from fxslim.graph.labels import Ids
 
 
+def owner(name: str) -> str:
+    """The layer that a parameter or buffer belongs to; a parametrization is part of its layer.
+
+    >>> owner("a.conv.weight"), owner("a.conv.parametrizations.weight.original")
+    ('a.conv', 'a.conv')
+    """
+    layer, inside, _ = f".{name}".partition(".parametrizations.")
+    return layer[1:] if inside else name.rpartition(".")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slot:
     """One dim of one parameter or buffer: entry i belongs to the channel labelled ``ids[i]``.

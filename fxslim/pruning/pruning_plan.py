@@ -17,6 +17,7 @@ from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.tagged_sizes import Attribute
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 from fxslim.plan.applied_plans import check_fits, plain_name, remember_plan
 from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
 from fxslim.pruning.verification import Verification, verify_cuts
@@ -90,7 +91,8 @@ class PruningPlan:
 
     def _named_for(self, model: nn.Module) -> list[Cut]:
         """The cuts with the model's own names, which may have a wrapper's prefix."""
-        names = {plain_name(name): name for name, _ in named_states(model)}
+        known = [name for name, _ in named_states(model)] + [name for name, _, _ in find_unweighted_norms(model)]
+        names = {plain_name(name): name for name in known}
         return [Cut(name=names[c.name], dim=c.dim, keep=c.keep, blocks=c.blocks) for c in self.cuts]
 
     @staticmethod

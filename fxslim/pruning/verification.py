@@ -8,7 +8,7 @@ to 0 in the full-size model, and norms that average over channels average over t
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.cutting import Cut, Surgery
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 
 # Relative to the largest output of the twin.
 TOLERANCE = 1e-9
@@ -70,7 +71,10 @@ def silence(model: nn.Module, cuts: list[Cut]) -> None:
     states = dict(named_states(model))
     with torch.no_grad():
         for cut in cuts:
-            state = states[cut.name]
+            state = states.get(cut.name)
+            if state is None:
+                # A norm without parameters has no values.
+                continue
             if cut.blocks > 1:
                 _silence_blocks(state, cut)
                 continue
@@ -87,14 +91,21 @@ def _silence_blocks(state: Tensor, cut: Cut) -> None:
 
 
 class NormsOverKept(TorchFunctionMode):
-    """Norms whose weight is cut average over the kept channels only, as they will in the pruned model."""
+    """Norms whose weight is cut average over the kept channels only, as they will in the pruned model.
 
-    FUNCTIONS: ClassVar[dict[str, int]] = {"layer_norm": -1, "rms_norm": -1, "group_norm": 1}
+    A norm without a weight gets one of ones, which changes nothing and makes it known.
+    """
+
+    FUNCTIONS = ("layer_norm", "rms_norm", "group_norm")
 
     def __init__(self, model: nn.Module, cuts: list[Cut]) -> None:
         super().__init__()
         states = dict(named_states(model))
-        self.kept = {id(states[cut.name]): torch.tensor(cut.keep) for cut in cuts if states[cut.name].dim() == 1}
+        for name, module, attribute in list(find_unweighted_norms(model)):
+            if attribute != "num_features" and any(cut.name == name for cut in cuts):
+                module.weight = nn.Parameter(next(model.parameters()).new_ones(getattr(module, attribute)))
+                states[name] = module.weight
+        self.kept = {id(states[cut.name]): (cut.dim, torch.tensor(cut.keep)) for cut in cuts if cut.name in states}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -102,13 +113,24 @@ class NormsOverKept(TorchFunctionMode):
         if name not in self.FUNCTIONS or id(weight) not in self.kept:
             return func(*args, **kwargs)
         x, groups_or_shape = args[0], args[1]
-        index = self.kept[id(weight)].to(x.device)
-        dim = self.FUNCTIONS[name] % x.dim()
-        second = groups_or_shape if name == "group_norm" else [len(index)]
-        rest = [p[index] if isinstance(p, Tensor) else p for p in args[2:]]
-        cut_kwargs = {k: p[index] if isinstance(p, Tensor) else p for k, p in kwargs.items()}
-        part = func(x.index_select(dim, index), second, *rest, **cut_kwargs)
-        return torch.zeros_like(x).index_copy(dim, index, part)
+        in_weight, index = self.kept[id(weight)]
+        index = index.to(x.device)
+        dim = 1 if name == "group_norm" else x.dim() - weight.dim() + in_weight
+        part = x.index_select(dim, index)
+        second = groups_or_shape if name == "group_norm" else part.shape[x.dim() - weight.dim() :]
+
+        def cut(value: Any) -> Any:
+            return value.index_select(in_weight, index) if isinstance(value, Tensor) else value
+
+        rest, named = [cut(value) for value in args[2:]], {key: cut(value) for key, value in kwargs.items()}
+        return torch.zeros_like(x).index_copy(dim, index, func(part, second, *rest, **named))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; attributes that hang in an autograd graph, such as weight norm's weight, are copied by value."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    inner = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in inner})
 
 
 def _broken(note: str) -> Verification:
@@ -118,12 +140,13 @@ def _broken(note: str) -> Verification:
 
 def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any, new_sizes: Sequence[NewAttribute] = ()) -> Verification:
     """Compare the pruned model with its silenced twin on each example input."""
-    original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
+    original, twin, pruned = (_copied(model).double() for _ in range(3))
     silence(twin, cuts)
     try:
         Surgery(pruned, cuts, new_sizes=new_sizes).commit()
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
+    norms = NormsOverKept(twin, cuts)
     worst, relative, effect = 0.0, 0.0, 0.0
     notes: list[str] = []
     for example in as_inputs(inputs):
@@ -133,7 +156,7 @@ def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any, new_sizes: Seque
             got = outputs_of(pruned, wide)
         except Exception as error:
             return _broken(f"the pruned model does not run: {type(error).__name__}: {error}")
-        with NormsOverKept(twin, cuts):
+        with norms:
             want = outputs_of(twin, wide)
         # Each output by its own scale: a large one must not hide an error in another.
         for a, b, c in zip(whole, want, got, strict=True):

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.size_checks import NewAttribute
-from fxslim.graph.surgery.attributes import new_attributes
+from fxslim.graph.surgery.attributes import new_attributes, new_size
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,11 @@ class Surgery:
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
+        sizes = {name: by_name.pop(name) for name in list(by_name) if name not in self.states}
         self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
         self.optimizer_tensors = self._cut_optimizer(by_name)
-        self.attributes = [*self._attributes(model), *_user_attributes(model, new_sizes)]
+        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
+        self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
         self.undo_steps: list[Callable[[], None]] = []
 
     def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -114,6 +117,9 @@ class Surgery:
         for module, key, value in self.attributes:
             self.undo_steps.append(functools.partial(setattr, module, key, getattr(module, key)))
             setattr(module, key, value)
+        for layer in self.recurrent:
+            # On a GPU its weights must lie in one piece of memory.
+            layer.flatten_parameters()
         for kept, key, tensor in self.optimizer_tensors:
             self.undo_steps.append(functools.partial(kept.__setitem__, key, kept[key]))
             kept[key] = tensor
@@ -145,6 +151,17 @@ def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> lis
             assert isinstance(old, tuple | list)
             values[key] = type(old)([*old[: attribute.item], new.after, *old[attribute.item + 1 :]])
     return [(modules[module], name, value) for (module, name), value in values.items()]
+
+
+def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
+    """New sizes of norms that have no parameters to cut."""
+    norms = {name: (module, attribute) for name, module, attribute in find_unweighted_norms(model)}
+    changes = []
+    for name, mine in cuts.items():
+        module, attribute = norms[name]
+        kept = {cut.dim: len(cut.keep) for cut in mine}
+        changes.append((module, attribute, new_size(getattr(module, attribute), kept)))
+    return changes
 
 
 def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
