@@ -29,7 +29,7 @@ _WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "unflatten",
 WHOLE = frozenset(
     """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pack_padded_sequence
-    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm
+    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward
     """.split()
 )
 
@@ -71,10 +71,10 @@ class CalledFunctions(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             sizes = self._with_tags(args[0], args[0].size())
             return sizes if dim is None else sizes[int(dim)]
-        if name in WHOLE:
-            return self.take_whole(func, args, kwargs)
         self.stack.append(self._call(name, args, kwargs))
         try:
+            if name in WHOLE:
+                return self.take_whole(func, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.stack.pop()
@@ -91,6 +91,8 @@ class CalledFunctions(TorchFunctionMode):
         if name in _WITH_CUTS:
             rest = (*args[1:], *kwargs.values())
             return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=_users_line())
+        if name == "multi_head_attention_forward":
+            return Call(name=name, sizes=tuple(args[3:5]), where=_users_line())
         return Call(name=name)
 
 

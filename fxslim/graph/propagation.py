@@ -269,8 +269,6 @@ class Propagation:
             name, self._node = operator_name(node), node
             if node.meta["mutates_view"]:
                 self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
-            elif isinstance(self.modules.get(node.meta["module"]), nn.MultiheadAttention):
-                self.values[node] = self.freeze_inputs(node, "attention keeps its width")
             elif name not in RULES:
                 self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
             else:
