@@ -11,7 +11,7 @@ from fxslim.errors import ConfigError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.groups import ChannelGroup
 from fxslim.graph.recording import named_states
-from fxslim.graph.slots import Slot
+from fxslim.graph.slots import entry_sums
 
 Importance = Callable[[ChannelGroup, nn.Module], Tensor]
 
@@ -21,16 +21,6 @@ def _magnitudes(state: Tensor, order: float) -> Tensor:
     values = state.detach().cpu()
     values = values if values.dtype in (torch.float32, torch.float64) else values.float()
     return values.square() if order == 2 else values.abs()
-
-
-def _per_entry(magnitudes: Tensor, slot: Slot) -> np.ndarray:
-    """The sum over all else, made in float64, for each entry of a slot."""
-    if slot.blocks > 1:
-        magnitudes = magnitudes.reshape(slot.blocks, -1, *magnitudes.shape[1:])
-        others = [1, *range(3, magnitudes.dim())]
-        return magnitudes.sum(others, dtype=torch.float64).flatten().numpy()
-    others = [d for d in range(magnitudes.dim()) if d != slot.dim]
-    return (magnitudes.sum(others, dtype=torch.float64) if others else magnitudes.double()).numpy()
 
 
 def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndarray:
@@ -43,7 +33,7 @@ def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndar
             continue
         if slot.name != name:
             name, magnitudes = slot.name, _magnitudes(states[slot.name], order)
-        values = _per_entry(magnitudes, slot)
+        values = entry_sums(magnitudes, slot).numpy()
         mean = values.mean()
         np.add.at(total, graph.resolved.of(slot), values / mean if mean > 0 else values)
         np.add.at(count, graph.resolved.of(slot), 1)
@@ -57,7 +47,7 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
     for slot in graph.resolved.slots:
         layer, _, attribute = slot.name.rpartition(".")
         if layer in norms and attribute == "weight":
-            np.add.at(total, graph.resolved.of(slot), _per_entry(_magnitudes(states[slot.name], 1.0), slot))
+            np.add.at(total, graph.resolved.of(slot), entry_sums(_magnitudes(states[slot.name], 1.0), slot).numpy())
             np.add.at(count, graph.resolved.of(slot), 1)
     for group in graph.groups:
         if not count[group.channels].all():

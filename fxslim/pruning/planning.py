@@ -51,7 +51,7 @@ def plan_pruning(
     scores = channel_scores(graph, model, importance, seed)
     removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
     kept = removals.kept_after(removals.count_for(ratio, target))
-    return _plan(graph, kept, inputs)
+    return removal_plan(graph, kept, inputs)
 
 
 def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:
@@ -78,13 +78,14 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
     return blocked
 
 
-def _plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
+def removal_plan(graph: ChannelGraph, kept: np.ndarray, inputs: Any) -> PruningPlan:
+    """The plan that keeps these classes of the graph and removes all others."""
     cuts, shares = [], {}
     for slot in graph.resolved.slots:
         stays = kept[graph.resolved.of(slot)]
         if not stays.all():
             keep = tuple(np.flatnonzero(stays).tolist())
-            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
+            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks, role=slot.role))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [
         GroupRow(

@@ -7,7 +7,7 @@ alive can't be walked backward any more, new ones can.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Cut:
     dim: int
     keep: tuple[int, ...]
     blocks: int = 1
+    # What the entries are to the layer, as in Slot: producer, consumer, depthwise, follower.
+    role: str = "follower"
 
 
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
@@ -55,15 +57,25 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 
 
 class Surgery:
-    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out."""
+    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out.
 
-    def __init__(self, model: nn.Module, cuts: list[Cut], optimizer: Optimizer | None = None) -> None:
+    ``values`` are full-size tensors to cut in place of those that the model has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[Cut],
+        optimizer: Optimizer | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.states = dict(named_states(model))
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
-        self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
+        full = {**self.states, **(values or {})}
+        self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in {**by_name, **(values or {})}}
         self.optimizer_tensors = self._cut_optimizer(by_name)
         self.attributes = self._attributes(model)
         self.undo_steps: list[Callable[[], None]] = []
