@@ -175,7 +175,7 @@ def silenced_twin(model: nn.Module, zeros: Iterable[Cut]) -> nn.Module:
 def folded_values(
     model: nn.Module, cuts: Sequence[Cut], zeros: Sequence[Cut], folds: Sequence[Fold], inputs: Sequence[Inputs]
 ) -> dict[str, Tensor]:
-    """New full-size values of biases and running means, from the weights that the model has now."""
+    """New full-size values of biases and running means in float64, from the weights that the model has now."""
     twin = silenced_twin(model, zeros)
     states = dict(named_states(twin))
     consumed = consumed_values(twin, [example.in_double() for example in inputs])
@@ -191,8 +191,7 @@ def folded_values(
             into = targets[cut.name]
             sign = -1 if into.rpartition(".")[2] == "running_mean" else 1
             values[into] = values.get(into, states[into].detach()) + sign * added
-    own = dict(named_states(model))
-    return {name: value.to(own[name].dtype) for name, value in values.items()}
+    return values
 
 
 def _added_constant(weight: Tensor, cut: Cut, consumed: Consumed, into: str | None) -> Tensor | None:

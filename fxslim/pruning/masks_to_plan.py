@@ -90,11 +90,13 @@ class _Readings:
         self.targets = fold_targets(recordings)
         for name in _averaged_over(recordings):
             self._keep(self.graph.resolved.of(slot) for slot in graph.resolved.slots if slot.name == name)
+        twin = _masked_twin(model, masked)
         wide = [example.in_double() for example in examples]
+        wide += [larger for example in wide for larger in _larger(example, twin)]
         generator = torch.Generator().manual_seed(0)
         for draw, factor in enumerate(DRAWS):
-            twin = _masked_twin(model, masked)
             if draw:
+                twin = _masked_twin(model, masked)
                 _change_weights(twin, factor, generator)
             self._read(twin, [*wide, *(_changed(example, generator) for example in wide)], as_they_are=not draw)
 
@@ -167,6 +169,33 @@ def _change_weights(twin: nn.Module, factor: float, generator: torch.Generator) 
                 factors = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
                 parameter.mul_((factor * factors * signs).to(parameter.device))
+
+
+def _larger(example: Inputs, model: nn.Module) -> list[Inputs]:
+    """The example with more pixels, and with longer sequences, where the model takes them.
+
+    The mean over pixels of a constant with a border is one number, but another one for each size.
+    """
+
+    def longer(value: Tensor, dims: range) -> Tensor:
+        for dim in dims:
+            wrapped = torch.arange(value.shape[dim] + 3, device=value.device) % value.shape[dim]
+            value = value.index_select(dim, wrapped)
+        return value
+
+    tried = [
+        example.with_tensors(lambda x: longer(x, range(2, x.dim()))),
+        example.with_tensors(lambda x: longer(x, range(1, 2)) if x.dim() == 3 else x),
+    ]
+    found = []
+    for larger in tried:
+        try:
+            consumed_values(model, [larger])
+        except Exception:
+            # This size is fixed, so nothing can depend on it.
+            continue
+        found.append(larger)
+    return found
 
 
 def _changed(example: Inputs, generator: torch.Generator) -> Inputs:

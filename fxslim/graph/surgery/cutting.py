@@ -59,7 +59,7 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 class Surgery:
     """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out.
 
-    ``values`` are full-size tensors to cut in place of those that the model has.
+    ``values`` are full-size tensors to cut in place of those that the model has, in any dtype.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class Surgery:
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
-        full = {**self.states, **(values or {})}
-        self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in {**by_name, **(values or {})}}
+        given = {name: value.to(self.states[name].dtype) for name, value in (values or {}).items()}
+        full = self.states | given
+        self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in by_name | given}
         self.optimizer_tensors = self._cut_optimizer(by_name)
         self.attributes = self._attributes(model)
         self.undo_steps: list[Callable[[], None]] = []
