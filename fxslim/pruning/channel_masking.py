@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from fxslim.graph.recording import named_states
@@ -97,7 +98,9 @@ class ChannelMask:
                         value.masked_fill_(gone.to(value.device), 0)
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        self.enforce(model)
+        # Not a part of the forward: a recording should not see it.
+        with _disable_current_modes():
+            self.enforce(model)
         if self.mixes:
             self.norms.append(NormsOverKept(model, self.cuts))
             self.norms[-1].__enter__()

@@ -85,6 +85,28 @@ class PruningPlan:
 
         return plan_from_masks(model, inputs, masks)
 
+    @classmethod
+    def from_desc(cls, model: nn.Module, inputs: Any, desc: Any) -> "PruningPlan":
+        """The plan that msModelSlim's ``desc`` describes: {layer: {"output": [kept, "--x-"], "input": [...]}}.
+
+        "-" is a kept channel, "x" a dropped one. Layers that are not listed lose the channels that they share
+        with listed ones; a listed layer loses exactly what it lists, or this is an error.
+
+        >>> from torch import randn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        >>> PruningPlan.from_desc(net, randn(1, 3, 8, 8), {"0": {"output": [3, "--x-"]}}).to_desc()
+        {'0': {'output': [3, '--x-']}, '2': {'input': [3, '--x-']}}
+        """
+        from fxslim.pruning.description import plan_from_desc
+
+        return plan_from_desc(model, inputs, desc)
+
+    def to_desc(self) -> dict[str, dict[str, list[Any]]]:
+        """The plan as msModelSlim's ``desc``, for JSON: only changed layers, norms by their "input"."""
+        from fxslim.pruning.description import describe_cuts
+
+        return describe_cuts(self.cuts, self.shapes)
+
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
         """Remove the channels, in place; returns the model. After any error the model is as it was.
 
