@@ -94,7 +94,9 @@ def _checked(desc: Any, graph: ChannelGraph) -> list[tuple[Slot, str, str]]:
     for layer, given in desc.items():
         if layer not in places:
             raise PlanError("desc does not belong to this model: " + unknown_name("layer", str(layer), places))
-        for side, value in dict(given).items():
+        if not isinstance(given, Mapping):
+            raise PlanError(f"desc[{layer!r}] is {given!r}, expected a dict with 'input' or 'output'")
+        for side, value in given.items():
             if side not in places[layer]:
                 raise PlanError(f"desc[{layer!r}]: " + unknown_name("side", str(side), places[layer]))
             slot = places[layer][side]
@@ -108,7 +110,7 @@ def _text(value: Any, slot: Slot, where: str) -> str:
         raise PlanError(f"{where} is {value!r}, expected [number kept, text of '-' and 'x']")
     count, text = value
     if set(text) - {_KEPT, _DROPPED} or text.count(_KEPT) != count:
-        raise PlanError(f"{where} says that {count!r} are kept, its text {text[:40]!r} keeps {text.count(_KEPT)}")
+        raise PlanError(f"{where} says that {count!r} are kept, its text {text!r} keeps {text.count(_KEPT)}")
     if len(text) != size:
         raise PlanError(f"{where} has {len(text)} channels, the model {size}: it does not belong to this model")
     return text
@@ -122,5 +124,5 @@ def _check_side(slot: Slot, where: str, text: str, graph: ChannelGraph, kept: np
             raise PlanError(f"{where} drops channel {i}, which must stay: {graph.resolved.reasons[c]}")
         if not stays and text[i % len(text)] == _KEPT:
             raise PlanError(
-                f"{where} keeps channel {i}, but a layer that shares it drops it; drop it in both or neither"
+                f"{where} keeps channel {i}, which a layer that shares it drops: drop it in both or neither"
             )

@@ -223,7 +223,7 @@ def _notes(
         classes = graph.resolved.of(slot)
         for c in classes[whole[slot.key] & kept[classes]].tolist():
             why = graph.resolved.reasons.get(c) or reasons.get(c)
-            why = why or "one must stay, or as many in the layers that keep equal counts with it"
+            why = why or "one must stay, and parts of equal size (groups, chunks) stay equal"
             stay[slot.name.rpartition(".")[0], why] += 1
     return [f"{layer}: {count} masked channels stay: {why}" for (layer, why), count in stay.items()]
 
