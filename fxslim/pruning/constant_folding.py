@@ -198,14 +198,14 @@ def _added_constant(weight: Tensor, cut: Cut, consumed: Consumed, into: str | No
     """What the removed input channels add to each output; None where it is nothing."""
     gone = removed_entries(cut, tuple(weight.shape)).to(weight.device)
     read = entry_sums(torch.where(gone, weight, 0.0).abs(), cut).to(consumed.low.device)
-    wrong = (read > 0) & ~consumed.constant
+    wrong = (read != 0) & ~consumed.constant
     if wrong.any():
         raise PlanError(
             f"{cut.name} reads {int(wrong.sum())} removed channels that are not constant in this model: it has other "
             "masks than the plan was made from, or example inputs on which it gives NaN; nothing was changed. "
             "Zero the weights where they are masked, or make the plan from this model's masks"
         )
-    constants = torch.where(read > 0, (consumed.low + consumed.high) / 2, 0.0)
+    constants = torch.where(read != 0, (consumed.low + consumed.high) / 2, 0.0)
     if not constants.any():
         return None
     if into is None or consumed.padded:

@@ -114,7 +114,7 @@ class _Readings:
             layer = slot.name.rpartition(".")[0]
             values = consumed.get(slot.name, Consumed.never(len(slot.ids)))
             weight = states[slot.name].detach()
-            is_read = (entry_sums(weight.abs(), slot) > 0).cpu()
+            is_read = (entry_sums(weight.abs(), slot) != 0).cpu()
             constant = values.constant.cpu()
             self._say(slot, (is_read & ~constant).numpy(), f"{layer} reads values of them that are not constant")
             if as_they_are:

@@ -92,6 +92,16 @@ def test_without_the_optimizer_entries_are_zero_again_at_the_next_forward_and_in
     assert not removed_values(plan, dict(model.named_parameters())).any()
 
 
+def test_no_gradient_where_zero_does_not_stay_zero() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3))
+    plan = small_plan(model)
+    plan.mask(model)
+    model(X).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert not removed_values(plan, gradients).any()
+    assert gradients["2.weight"].any()
+
+
 def test_names_objects_class_and_modes_stay() -> None:
     model = small()
     before, kind = snapshot(model), type(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxslim
 from fxslim import ConfigError, PlanError, PruningPlan
+from fxslim.pruning import masks_to_plan
 from fxslim.pruning.weight_masks import mask_weights, masked_entries
 from tests.graph.random_networks import RandomNetwork, randomise
 from tests.pruning.random_masks import random_masks
@@ -207,12 +208,51 @@ def test_constants_that_can_not_be_folded_at_apply_time_change_nothing() -> None
     with pytest.raises(PlanError, match=r"2\.weight reads 3 removed channels that are constant but not 0, up to 2,"):
         plan.apply(model)
     assert_unchanged(before, snapshot(model))
+    model = net(nn.Sigmoid())
+    plan = PruningPlan.from_masks(model, X, {"0.weight": ROWS})
+    model[2].padding = (1, 1)
+    with pytest.raises(PlanError, match=r"2\.weight reads 3 removed channels that are constant but not 0"):
+        plan.apply(model)
     model = net(nn.BatchNorm2d(8), nn.Sigmoid())
     plan = PruningPlan.from_masks(model, X, {"1": ROWS, "1.bias": ROWS})
     with torch.no_grad():
         model[1].running_var.fill_(torch.nan)
     with pytest.raises(PlanError, match=r"3\.weight reads 3 removed channels that are not constant"):
         plan.apply(model)
+
+
+class TwoReaders(nn.Module):
+    """A result that a batch norm reads, and something else; and a bias that two layers add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.d, self.e = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 3)
+        self.e.bias = self.d.bias
+
+    def forward(self, x):
+        h = torch.sigmoid(self.a(x))
+        b = self.b(h)
+        return self.norm(b) + b, self.d(torch.tanh(h)) + self.e(h)
+
+
+@pytest.mark.parametrize("reader", ["b", "d", "e"])
+def test_what_others_use_takes_no_constants(reader: str) -> None:
+    model = randomise(TwoReaders()).double()
+    for name in {"b", "d", "e"} - {reader}:
+        # These do not read the masked channels.
+        mask_weights(model, {name: ROWS.view(1, 8, 1, 1).expand(4, 8, 3, 3)})
+    mask_weights(model, {"a.weight": ROWS})
+    plan = PruningPlan.from_masks(model, X, {"a.weight": ROWS})
+    assert plan.cuts == ()
+    why = f"{reader} reads constants of them, with no bias or batch norm of its own to take them"
+    assert plan.notes == (f"a: 3 masked channels stay: {why}",)
+
+
+def test_a_plan_that_would_change_outputs_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks_to_plan, "_averaged_over", lambda recordings: set())
+    with pytest.raises(PlanError, match="would change the model's outputs, so it is not made: NOT equal"):
+        PruningPlan.from_masks(net(nn.GroupNorm(1, 8)), X, {"0": ROWS, "1": ROWS, "1.bias": ROWS})
 
 
 def test_structure_alone_leaves_values_to_a_state_dict() -> None:
