@@ -168,7 +168,9 @@ class PruningPlan:
                 "the plan was made from masks and has no example inputs, which are needed to find the constants that "
                 "masked channels give: make it again with from_masks, or apply it with values=False and load a state"
             )
-        return folded_values(model, self._named_for(model), _renamed(self.zeros, model), self.folds, self.inputs)
+        names = {plain_name(name): name for name, _ in named_states(model)}
+        folds = [Fold(weight=names[fold.weight], into=names[fold.into]) for fold in self.folds]
+        return folded_values(model, self._named_for(model), _renamed(self.zeros, model), folds, self.inputs)
 
     def cut_model(self, model: nn.Module, optimizer: Optimizer | None = None, *, values: bool = True) -> Surgery:
         """Cut the model and try its forward; returns what can undo it."""

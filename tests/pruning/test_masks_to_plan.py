@@ -274,6 +274,13 @@ def test_masked_for_training_first() -> None:
     torch.testing.assert_close(plan.apply(model).eval()(X), want, rtol=1e-12, atol=1e-12)
 
 
+def test_under_a_compile_wrapper() -> None:
+    make = FOLDED["into the bias"]
+    plan, model = PruningPlan.from_masks(make(), X, {"0.weight": ROWS}), make()
+    plan.apply(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(model.eval()(X), plan.apply(make()).eval()(X), rtol=1e-12, atol=1e-12)
+
+
 def test_in_single_precision() -> None:
     model = net(nn.BatchNorm2d(8), nn.Sigmoid()).float()
     masks = {"0.weight": ROWS}
