@@ -106,7 +106,7 @@ def load(
     try:
         for data in metadata["plans"]:
             plan = plan_from_dict(data)
-            done.append(plan.cut_model(model, optimizer))
+            done.append(plan.cut_model(model, optimizer, values=False))
             remember_plan(model, plan)
         _fill(model, state, path)
         if optimizer is not None:

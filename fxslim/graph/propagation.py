@@ -284,7 +284,7 @@ class Propagation:
 
 def results_without_channels(node: fx.Node) -> Labels | list[Labels]:
     """FIXED labels for one result, or for each of several."""
-    if node.meta["shape"] is not None:
+    if node.meta.get("shape") is not None:
         return fixed(node.meta["shape"])
     items = [user for user in node.users if user.target is operator.getitem]
     several: list[Labels] = [fixed(())] * (1 + max((as_int(i.args[1]) for i in items), default=0))

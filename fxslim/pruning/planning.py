@@ -55,7 +55,7 @@ def plan_pruning(
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
-            return _plan(graph, kept, arrangement, inputs)
+            return removal_plan(graph, kept, arrangement, inputs)
         graph = graph.without(model, arrangement)
 
 
@@ -83,13 +83,14 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
     return blocked
 
 
-def _plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
+def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
+    """The plan that keeps these classes of the graph, in this arrangement, and removes all others."""
     cuts, shares = [], {}
     for slot in graph.resolved.slots:
         stays = kept[graph.resolved.of(slot)]
         if not stays.all():
             keep = arrangement.orders.get(slot.key) or tuple(np.flatnonzero(stays).tolist())
-            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
+            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks, role=slot.role))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [
         GroupRow(

@@ -33,6 +33,8 @@ class Cut:
     dim: int
     keep: tuple[int, ...]
     blocks: int = 1
+    # What the entries are to the layer, as in Slot: producer, consumer, depthwise, follower.
+    role: str = "follower"
 
 
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
@@ -60,14 +62,19 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 
 
 class Surgery:
-    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out."""
+    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out.
+
+    ``values`` are full-size tensors to cut in place of those that the model has, in any dtype.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        cuts: list[Cut],
+        cuts: Sequence[Cut],
         optimizer: Optimizer | None = None,
+        *,
         new_sizes: Sequence[NewAttribute] = (),
+        values: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.states = dict(named_states(model))
@@ -75,7 +82,9 @@ class Surgery:
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
         sizes = {name: by_name.pop(name) for name in list(by_name) if name not in self.states}
-        self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
+        given = {name: value.to(self.states[name].dtype) for name, value in (values or {}).items()}
+        full = self.states | given
+        self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in by_name | given}
         self.optimizer_tensors = self._cut_optimizer(by_name)
         self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
         self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
