@@ -12,7 +12,7 @@ import fxslim
 from fxslim import PlanError, UnsupportedLayerError
 from fxslim.pruning.silencing import removed_entries
 from tests.graph.random_networks import RandomNetwork, randomise
-from tests.pruning.test_pruning import LiteralSize, assert_unchanged, small, snapshot
+from tests.pruning.test_pruning import HiddenSize, assert_unchanged, small, snapshot
 
 X = torch.randn(2, 3, 16, 16)
 
@@ -249,11 +249,11 @@ def test_applying_a_masked_model_takes_the_mask_along() -> None:
 
 
 def test_a_failed_apply_leaves_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LiteralSize()
+    model = HiddenSize()
     plan = fxslim.plan_pruning(model, X)
     plan.mask(model)
     before = snapshot(model)
-    with pytest.raises(PlanError, match="written as a number"):
+    with pytest.raises(PlanError, match="made for 8 channels"):
         plan.apply(model)
     assert_unchanged(before, snapshot(model))
     with torch.no_grad():

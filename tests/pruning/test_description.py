@@ -40,8 +40,8 @@ def test_random_plans_come_back_whole() -> None:
         try:
             desc = plan.to_desc()
         except PlanError:
-            # Groups that drop different channels, see below.
-            assert any(cut.blocks > 1 for cut in plan.cuts)
+            # Groups, or weights of one layer, that drop different channels, see below.
+            assert any(cut.blocks > 1 or "weight_" in cut.name for cut in plan.cuts)
             untold += 1
             continue
         assert PruningPlan.from_desc(model, x, json.loads(json.dumps(desc))).to_dict() == plan.to_dict(), seed
