@@ -32,6 +32,9 @@ def describe_cuts(cuts: tuple[Cut, ...], shapes: Mapping[str, tuple[int, ...]]) 
     changed = {cut.name.rpartition(".")[0] for cut in cuts if cut.role != "follower"}
     for cut in cuts:
         layer = cut.name.rpartition(".")[0]
+        if cut.name not in shapes:
+            # The size of a norm without parameters follows by itself.
+            continue
         if cut.role == "follower" and (layer in changed or not layer or len(shapes[cut.name]) != 1):
             # A bias goes with its weight; parameters that belong to no layer follow by themselves.
             continue
