@@ -39,12 +39,14 @@ def test_random_plans_come_back_whole() -> None:
             continue
         try:
             desc = plan.to_desc()
-        except PlanError:
+        except PlanError as error:
             # Groups, or weights of one layer, that drop different channels, see below.
-            assert any(cut.blocks > 1 or "weight_" in cut.name for cut in plan.cuts)
+            assert "a desc can't say" in str(error)
             untold += 1
             continue
-        assert PruningPlan.from_desc(model, x, json.loads(json.dumps(desc))).to_dict() == plan.to_dict(), seed
+        again = PruningPlan.from_desc(model, x, json.loads(json.dumps(desc)))
+        assert again.cuts == plan.cuts, seed
+        assert again.new_sizes == plan.new_sizes, seed
         told += 1
     assert told >= 50
     assert untold >= 5
@@ -71,7 +73,7 @@ def test_layers_with_several_weights_are_refused() -> None:
             return torch.sigmoid(torch.sigmoid(x @ self.first.t()) @ self.second.t()) @ self.third.t()
 
     plan = fxslim.plan_pruning(Both(), torch.rand(3, 4), ratio=0.4)
-    with pytest.raises(PlanError, match="the model holds several weights that lose different channels"):
+    with pytest.raises(PlanError, match="the model holds several weights that lose channels"):
         plan.to_desc()
 
 

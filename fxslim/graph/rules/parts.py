@@ -22,6 +22,9 @@ def split(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     assert isinstance(results, list)
     dim = (as_int(node.args[2]) if len(node.args) > 2 else as_int(node.kwargs.get("dim", 0))) % len(x.shape)
     if dim not in x.varying:
+        given = (node.meta["call"].sizes or (None,))[0]
+        for size, result in zip(given if isinstance(given, tuple) else (given,), results, strict=False):
+            follow_count(propagation, node, size, np.zeros(0, dtype=np.int64), static=result.shape[dim])
         return [Labels(shape=r.shape, ids=x.ids) for r in results]
     sizes = _part_sizes(node, x.shape[dim])
     stops = np.cumsum(sizes).tolist()
