@@ -150,7 +150,7 @@ def _bounds_given(node: fx.Node, start: int, stop: int, length: int) -> tuple[An
     call = node.meta["call"]
     if call.name == "narrow" and call.sizes is not None and len(call.sizes) >= 3:
         return call.sizes[1], call.sizes[1] + call.sizes[2]
-    if call.name != "__getitem__" or call.sizes is None:
+    if call.name not in ("__getitem__", "__setitem__") or call.sizes is None:
         return None
     index = call.sizes[0]
     for item in index if isinstance(index, tuple) else (index,):
