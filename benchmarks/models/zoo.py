@@ -62,14 +62,15 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def smallest_effect(model: nn.Module, graph: fxslim.ChannelGraph, plan: fxslim.PruningPlan, x: Tensor) -> float:
-    """The smallest effect of what the plan removes from one group, each group alone, in float64."""
-    twin = copy.deepcopy(model).double()
+    """The smallest effect of what the plan removes from one group, each group alone."""
+    twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     states = dict(named_states(twin))
-    both = torch.cat([x, x.flip(-1)]).double()
-    whole = {mode: _outputs(twin, both, mode) for mode in (False, True)}
+    # Batch norm can't train on one value.
+    seen = {False: x, True: torch.cat([x, x.flip(-1)])}
+    whole = {mode: _outputs(twin, seen[mode], mode) for mode in seen}
     kept = {(cut.name, cut.dim): cut.keep for cut in plan.cuts}
     effects = []
     for group in graph.groups:
@@ -83,7 +84,7 @@ def smallest_effect(model: nn.Module, graph: fxslim.ChannelGraph, plan: fxslim.P
             # Auxiliary heads are seen in training only.
             if effect < VISIBLE:
                 with NormsOverKept(twin, cuts):
-                    changed = _outputs(twin, both, mode)
+                    changed = _outputs(twin, seen[mode], mode)
                 effect = max(
                     float((a - b).abs().max() / a.abs().max()) for a, b in zip(whole[mode], changed, strict=True)
                 )
