@@ -180,6 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     results = list(rows(options.only, options.importance, options.effects))
     passed = sum(ok for ok, _ in results)
     head = [
