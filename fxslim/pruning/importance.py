@@ -16,8 +16,10 @@ from fxslim.graph.slots import Slot
 Importance = Callable[[ChannelGroup, nn.Module], Tensor]
 
 
-def _magnitudes(state: Tensor, order: float) -> Tensor:
+def _magnitudes(name: str, state: Tensor, order: float) -> Tensor:
     """|w|^order, on the CPU."""
+    if state.is_meta:
+        raise ConfigError(f"importance needs values, but {name} is on the meta device: use importance='random'")
     values = state.detach().cpu()
     values = values if values.dtype in (torch.float32, torch.float64) else values.float()
     return values.square() if order == 2 else values.abs()
@@ -42,8 +44,13 @@ def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndar
         if slot.role == "follower" or not slot.ids.any():
             continue
         if slot.name != name:
-            name, magnitudes = slot.name, _magnitudes(states[slot.name], order)
+            name, magnitudes = slot.name, _magnitudes(slot.name, states[slot.name], order)
         values = _per_entry(magnitudes, slot)
+        if not np.isfinite(values).all():
+            raise ConfigError(
+                f"importance needs finite values, but {slot.name} has NaN or infinity in "
+                f"{int((~np.isfinite(values)).sum())} of {len(values)} channels: mend the weights or use 'random'"
+            )
         mean = values.mean()
         np.add.at(total, graph.resolved.of(slot), values / mean if mean > 0 else values)
         np.add.at(count, graph.resolved.of(slot), 1)
@@ -57,7 +64,7 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
     for slot in graph.resolved.slots:
         layer, _, attribute = slot.name.rpartition(".")
         if layer in norms and attribute == "weight":
-            np.add.at(total, graph.resolved.of(slot), _per_entry(_magnitudes(states[slot.name], 1.0), slot))
+            np.add.at(total, graph.resolved.of(slot), _per_entry(_magnitudes(slot.name, states[slot.name], 1.0), slot))
             np.add.at(count, graph.resolved.of(slot), 1)
     for group in graph.groups:
         if not count[group.channels].all():
@@ -68,6 +75,8 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
 
 
 def _random_scores(graph: ChannelGraph, seed: int) -> np.ndarray:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be an integer of at least 0")
     return np.random.default_rng(seed).random(len(graph.resolved.classes))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PruningPlan: which entries of which parameters stay; structure only, saved as JSON."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.errors import CheckpointError, FxslimError, PlanError, TraceError
-from fxslim.graph.channel_graph import refuse_wrapped
+from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
-from fxslim.graph.recording import named_states, undisturbed
+from fxslim.graph.model_state import ModelState
+from fxslim.graph.recording import undisturbed
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.size_checks import NewAttribute
+from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.tagged_sizes import Attribute
-from fxslim.plan.applied_plans import check_fits, plain_name, remember_plan
+from fxslim.plan.applied_plans import names_in, remember_plan
+from fxslim.plan.file_writing import write_file
 from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
 from fxslim.pruning.verification import Verification, verify_cuts
 
@@ -56,70 +60,69 @@ class PruningPlan:
     inputs: tuple[Inputs, ...] = ()
 
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
-        """Remove the channels, in place; returns the model. After any error the model is as it was."""
-        self.cut_model(model, optimizer)
-        remember_plan(model, self)
-        return model
+        """Remove the channels, in place; returns the model. After any error the model is as it was.
 
-    def cut_model(self, model: nn.Module, optimizer: Optimizer | None = None) -> Surgery:
-        """Cut the model and try its forward; returns what can undo it."""
-        refuse_wrapped(model)
-        check_fits(model, self.shapes)
-        surgery = Surgery(model, self._named_for(model), optimizer, self.new_sizes)
+        Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training goes on. Losses that
+        were computed before can't be walked backward any more.
+        """
+        changes = Changes()
         try:
-            surgery.commit()
-            for inputs in self.inputs:
-                self._try_forward(model, inputs)
-        except BaseException as error:
-            surgery.undo()
-            if isinstance(error, PlanError) and self.inputs:
-                self._check_whole_model_runs(model)
+            self.change_model(model, changes, optimizer)
+            return model
+        except BaseException:
+            changes.undo()
             raise
-        return surgery
 
-    def _check_whole_model_runs(self, model: nn.Module) -> None:
-        """A model that fails uncut too (another device or dtype than the inputs) is not the plan's fault."""
-        try:
-            with undisturbed(model, training=False), torch.no_grad():
-                self.inputs[0].copied().run(model)
-        except Exception as error:
-            raise TraceError(
-                f"the model's own forward fails on the plan's example inputs {self.inputs[0]} (nothing was changed): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    def change_model(self, model: nn.Module, changes: Changes, optimizer: Optimizer | None = None) -> None:
+        """Cut the model, try its forward and note the plan; the caller takes ``changes`` back after an error."""
+        refuse_wrapped(model)
+        model = without_compile_wrapper(model)
+        names = names_in(model, self.shapes)
+        with torch.inference_mode(False):
+            changes.on_undo(ModelState(model).restore)
+            surgery = Surgery(model, self._named_for(names), optimizer, self.new_sizes)
+            surgery.commit(changes)
+            self._try_forwards(model, changes)
+            remember_plan(model, self, changes)
+            surgery.close_old_graphs(changes)
 
-    def _named_for(self, model: nn.Module) -> list[Cut]:
-        """The cuts with the model's own names, which may have a wrapper's prefix."""
-        names = {plain_name(name): name for name, _ in named_states(model)}
-        return [Cut(name=names[c.name], dim=c.dim, keep=c.keep, blocks=c.blocks) for c in self.cuts]
-
-    @staticmethod
-    def _try_forward(model: nn.Module, inputs: Inputs) -> None:
+    def _try_forwards(self, model: nn.Module, changes: Changes) -> None:
+        """Run the model on the plan's example inputs; one that fails uncut too is not the plan's fault."""
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type == "meta":
             return
-        try:
-            with undisturbed(model, training=False), torch.no_grad():
-                inputs.copied().run(model)
-        except FxslimError:
-            raise
-        except Exception as error:
+        for inputs in self.inputs:
+            failure = _failure(model, inputs)
+            if failure is None:
+                continue
+            changes.undo()
+            uncut = _failure(model, inputs)
+            if uncut is not None:
+                raise TraceError(
+                    f"the model's own forward fails on the plan's example inputs {inputs} (nothing was changed): "
+                    f"{type(uncut).__name__}: {uncut}"
+                ) from uncut
             raise PlanError(
-                f"the pruned model's forward failed ({type(error).__name__}: {error}); it reads a size that is "
+                f"the pruned model's forward failed ({type(failure).__name__}: {failure}); it reads a size that is "
                 "written as a number. Nothing was changed. Name the layers around it in skip="
-            ) from error
+            ) from failure
+
+    def _named_for(self, names: dict[str, str]) -> list[Cut]:
+        """The cuts with the model's own names, which may have a wrapper's prefix."""
+        return [dataclasses.replace(cut, name=names[cut.name]) for cut in self.cuts]
 
     def verify(self, model: nn.Module, inputs: Any) -> Verification:
         """Prove that the pruned model computes what the model computes with the removed channels silenced."""
-        check_fits(model, self.shapes)
-        return verify_cuts(model, self._named_for(model), inputs, self.new_sizes)
+        refuse_wrapped(model)
+        model = without_compile_wrapper(model)
+        names = names_in(model, self.shapes)
+        with torch.inference_mode(False):
+            return verify_cuts(model, self._named_for(names), inputs, self.new_sizes)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.replace(path)
+        text = json.dumps(self.to_dict(), indent=1)
+        write_file(path, lambda temporary: temporary.write_text(text))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -172,3 +175,13 @@ class PruningPlan:
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td>{r.name}</td><td>{r.before}</td><td>{r.after}</td></tr>" for r in self.rows)
         return f"<table><tr><th>group</th><th>before</th><th>after</th></tr>{rows}</table>"
+
+
+def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What a forward raises, if anything."""
+    try:
+        with undisturbed(model, training=False), torch.no_grad():
+            inputs.copied().run(model)
+    except Exception as error:
+        return error
+    return None

@@ -5,7 +5,6 @@ The twin knows only (parameter, dim, indices), never the graph: all entries that
 to 0 in the full-size model, and norms that average over channels average over the kept ones.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,10 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from fxslim.errors import TraceError
 from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.size_checks import NewAttribute
+from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
+from fxslim.pruning.double_precision import double_copy, in_double
 
 # Relative to the largest output of the twin.
 TOLERANCE = 1e-9
@@ -43,7 +45,7 @@ class Verification:
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in float64, in eval mode and without gradient."""
-    with undisturbed(model, training=False), torch.no_grad():
+    with undisturbed(model, training=False), torch.no_grad(), in_double():
         leaves = output_tensors(inputs.copied().run(model))
     leaves = [torch.view_as_real(value) if value.is_complex() else value for value in leaves]
     return [value.double() for value in leaves]
@@ -118,17 +120,23 @@ def _broken(note: str) -> Verification:
 
 def verify_cuts(model: nn.Module, cuts: list[Cut], inputs: Any, new_sizes: Sequence[NewAttribute] = ()) -> Verification:
     """Compare the pruned model with its silenced twin on each example input."""
-    original, twin, pruned = (copy.deepcopy(model).double() for _ in range(3))
+    original, twin, pruned = (double_copy(model) for _ in range(3))
     silence(twin, cuts)
     try:
-        Surgery(pruned, cuts, new_sizes=new_sizes).commit()
+        Surgery(pruned, cuts, new_sizes=new_sizes).commit(Changes())
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
     worst, relative, effect = 0.0, 0.0, 0.0
     notes: list[str] = []
     for example in as_inputs(inputs):
         wide = Inputs(*tree_map(_in_double, example.args), **tree_map(_in_double, example.kwargs))
-        whole = outputs_of(original, wide)
+        try:
+            whole = outputs_of(original, wide)
+        except Exception as error:
+            raise TraceError(
+                f"verify compares in float64, and the model's own forward fails there with {example}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         try:
             got = outputs_of(pruned, wide)
         except Exception as error:

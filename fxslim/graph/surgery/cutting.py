@@ -2,12 +2,11 @@
 """Cuts parameters and buffers of a model, all or none.
 
 ``nn.Parameter`` objects stay the same objects, so optimizers and user code that hold them stay right; the
-state that an optimizer keeps for them is cut alike. A graph that was recorded before the cut and is still
-alive can't be walked backward any more, new ones can.
+state that an optimizer keeps for them is cut alike, and so are gradients: accumulating them can go on. A graph
+that was recorded before the cut and is still alive can't be walked backward any more, new ones can.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxslim.errors import PlanError, UnsupportedLayerError
+from fxslim.errors import ConfigError, PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.attributes import new_attributes
+from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.old_graphs import OldGraphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 
 
 class Surgery:
-    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out."""
+    """New tensors and attributes, computed first; ``commit`` puts them in."""
 
     def __init__(
         self,
@@ -68,60 +69,65 @@ class Surgery:
         optimizer: Optimizer | None = None,
         new_sizes: Sequence[NewAttribute] = (),
     ) -> None:
-        self.optimizer = optimizer
         self.states = dict(named_states(model))
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
+        self.optimizer_tensors = _cut_optimizer(optimizer, self.states, by_name) if optimizer is not None else []
         self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
-        self.optimizer_tensors = self._cut_optimizer(by_name)
+        grads = {name: grad for name in by_name if (grad := self.states[name].grad) is not None}
+        self.grads = {name: cut_tensor(grad, by_name[name]) for name, grad in grads.items()}
         self.attributes = [*self._attributes(model), *_user_attributes(model, new_sizes)]
-        self.undo_steps: list[Callable[[], None]] = []
-
-    def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
-        changes = []
-        state: Mapping[Tensor, dict[str, Any]] = self.optimizer.state if self.optimizer is not None else {}
-        for name, parameter in self.states.items():
-            for key, value in state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    if name in by_name:
-                        changes.append((state[parameter], key, cut_tensor(value, by_name[name])))
-                elif not (isinstance(value, int | float | None) or (isinstance(value, Tensor) and value.numel() == 1)):
-                    raise UnsupportedLayerError(
-                        f"{type(self.optimizer).__name__} keeps {key!r} for {name}, which has not its shape: "
-                        "it can't be cut; make the optimizer after pruning"
-                    )
-        return changes
+        self.old_graphs = OldGraphs({name: self.states[name] for name in by_name})
 
     def _attributes(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+        new = {id(self.states[name]): tensor for name, tensor in self.tensors.items()}
         changes = []
         for module in model.modules():
             local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            names = {id(state): name for name, state in self.states.items()}
-            tensors = {n: self.tensors.get(names.get(id(t), ""), t) for n, t in local}
-            if any(tensors[n] is not t for n, t in local):
-                values = new_attributes(module, tensors)
+            if any(id(state) in new for _, state in local):
+                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local})
                 changes += [(module, key, value) for key, value in values.items() if getattr(module, key) != value]
         return changes
 
-    def commit(self) -> None:
+    def commit(self, changes: Changes) -> None:
         """Put the new tensors and attributes in."""
         for name, tensor in self.tensors.items():
-            state = self.states[name]
-            old, grad = state.data, state.grad
-            self.undo_steps.append(functools.partial(_replace, state, old, grad))
-            _replace(state, tensor, None)
+            changes.replace_data(self.states[name], tensor, self.grads.get(name))
         for module, key, value in self.attributes:
-            self.undo_steps.append(functools.partial(setattr, module, key, getattr(module, key)))
-            setattr(module, key, value)
+            changes.set_attribute(module, key, value)
         for kept, key, tensor in self.optimizer_tensors:
-            self.undo_steps.append(functools.partial(kept.__setitem__, key, kept[key]))
-            kept[key] = tensor
+            changes.set_item(kept, key, tensor)
 
-    def undo(self) -> None:
-        """Everything as it was before ``commit``."""
-        while self.undo_steps:
-            self.undo_steps.pop()()
+    def close_old_graphs(self, changes: Changes) -> None:
+        """The last change: losses from before can't be walked backward any more."""
+        self.old_graphs.close(changes)
+
+
+def _cut_optimizer(
+    optimizer: Optimizer, states: dict[str, Tensor], by_name: dict[str, list[Cut]]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """What an optimizer keeps for each parameter, cut like the parameter."""
+    kind = type(optimizer).__name__
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, states.values())):
+        raise ConfigError(
+            f"optimizer: this {kind} holds {len(held)} parameters and none of this model's: "
+            f"make it from the parameters of the model that is pruned"
+        )
+    found = []
+    state: Mapping[Tensor, dict[str, Any]] = optimizer.state
+    for name, parameter in states.items():
+        for key, value in state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if name in by_name:
+                    found.append((state[parameter], key, cut_tensor(value, by_name[name])))
+            elif not (isinstance(value, int | float | None) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise UnsupportedLayerError(
+                    f"{kind} keeps {key!r} for {name}, which has not its shape: "
+                    "it can't be cut; make the optimizer after pruning"
+                )
+    return found
 
 
 def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
@@ -145,12 +151,3 @@ def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> lis
             assert isinstance(old, tuple | list)
             values[key] = type(old)([*old[: attribute.item], new.after, *old[attribute.item + 1 :]])
     return [(modules[module], name, value) for (module, name), value in values.items()]
-
-
-def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Give a parameter other data; the detour over another dtype drops what autograd cached about its shape."""
-    state.grad = None
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    state.data = torch.empty(0, dtype=other, device=data.device)
-    state.data = data
-    state.grad = grad
