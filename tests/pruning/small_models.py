@@ -28,8 +28,8 @@ def _frozen(value: Any) -> Any:
     """A tensor as its bytes and layout, with the object that it is."""
     if not isinstance(value, torch.Tensor):
         return copy.copy(value)
-    plain = value.detach().contiguous().view(-1).view(torch.uint8)
-    return id(value), value.dtype, value.shape, value.stride(), value.requires_grad, bytes(plain.tolist())
+    plain = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return id(value), value.dtype, value.shape, value.stride(), value.requires_grad, plain
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

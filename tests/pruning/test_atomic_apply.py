@@ -113,9 +113,8 @@ class Interrupter:
         return False
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_an_interrupt_at_each_line_changes_nothing(kind: str) -> None:
-    model, optimizer, plan = in_training(kind)
+def test_an_interrupt_at_each_line_changes_nothing() -> None:
+    model, optimizer, plan = in_training("adam")
     old_loss = model.eval()(X).square().sum()
     model.train()
     before, line = snapshot(model, optimizer), 1

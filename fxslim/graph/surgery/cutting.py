@@ -43,7 +43,7 @@ def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
         result = _cut_blocks(result, cut, index) if cut.blocks > 1 else result.index_select(cut.dim, index)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return result.contiguous(memory_format=torch.channels_last)
-    return result.contiguous()
+    return result.contiguous() if result.layout == torch.strided else result
 
 
 def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
