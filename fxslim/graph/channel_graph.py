@@ -158,7 +158,11 @@ def _record_training(model: nn.Module, recordings: list[Recording], example: Inp
 
 
 def _asks_for_training(model: nn.Module) -> bool:
-    """Whether a module that is not torch's own looks at ``self.training``."""
-    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    """Whether a module that is not torch's own looks at ``self.training``, other than to drop what it is given."""
+    kinds = {
+        type(module)
+        for module in model.modules()
+        if not type(module).__module__.startswith("torch.") and (module._modules or module._parameters)
+    }
     functions = [f for kind in kinds for f in vars(kind).values() if hasattr(f, "__code__")]
     return any("training" in function.__code__.co_names for function in functions)

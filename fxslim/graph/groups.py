@@ -119,9 +119,12 @@ def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]
     stuck: set[int] = set()
     steps = []
     for channel in ranked:
+        if channel not in rows_of:
+            steps.append([channel])
+            continue
         if channel in gone:
             continue
-        step = _equalised(channel, gone, rows_of, waiting, balances) if channel in rows_of else [channel]
+        step = _equalised(channel, gone, rows_of, waiting, balances)
         if step is None:
             stuck.add(channel)
             gone.add(channel)

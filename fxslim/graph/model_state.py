@@ -41,9 +41,9 @@ class ModelState:
             module._buffers.update(buffers)
         for container, items in self.contents:
             _refill(container, items)
-        buffers = tuple(buffer for buffer, _ in self.buffers)
+        changed = tuple(buffer for buffer, _ in self.buffers)
         # Values are as they were, so graphs that saved these buffers stay right.
-        with torch.no_grad(), _unsafe_preserve_version_counter(buffers):
+        with torch.no_grad(), _unsafe_preserve_version_counter(changed):
             for buffer, before in self.buffers:
                 buffer.copy_(before)
 

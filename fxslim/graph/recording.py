@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxslim.errors import TraceError
@@ -44,6 +44,13 @@ class _Recorder(TorchDispatchMode):
             self._remember(node, value)
         return self.nodes[value]
 
+    def _written_down(self, value: Any) -> Any:
+        """An argument with nodes for tensors."""
+        if isinstance(value, list | tuple):
+            items = [self._written_down(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        return self.node_of(value)
+
     def _remember(self, node: fx.Node, value: Tensor) -> None:
         node.meta["shape"] = tuple(value.shape)
         node.meta["stride"] = value.stride() if value.layout == torch.strided else ()
@@ -52,9 +59,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         is_view = func._schema.is_mutable and any(value._is_view() for value in _written(func, args, kwargs))
-        inputs = tree_map(self.node_of, (args, kwargs))
+        inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
-        node = self.graph.call_function(func, inputs[0], inputs[1])
+        # Arguments are set afterwards: create_node would search them for symbolic sizes first.
+        node = self.graph.create_node("call_function", func)
+        node.args, node.kwargs = inputs
         node.meta["call"] = self.functions.current
         node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
         node.meta["mutates_view"] = bool(is_view)

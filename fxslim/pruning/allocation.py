@@ -30,7 +30,19 @@ class Removals:
         self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
         for i, step in enumerate(self.steps):
             self.rank[step] = i
-        self.slot_ranks = {s.key: np.sort(self.rank[graph.resolved.of(s)]) for s in graph.resolved.slots}
+        self.slot_ranks = self._sorted_ranks()
+
+    def _sorted_ranks(self) -> dict[tuple[str, int], np.ndarray]:
+        """The ranks of each slot's entries, ascending; many slots hold the same channels."""
+        known: dict[bytes, np.ndarray] = {}
+        found = {}
+        for slot in self.graph.resolved.slots:
+            channels = self.graph.resolved.of(slot)
+            key = channels.tobytes()
+            if key not in known:
+                known[key] = np.sort(self.rank[channels])
+            found[slot.key] = known[key]
+        return found
 
     def _limited(self, steps: list[list[int]], max_ratio: float) -> list[list[int]]:
         """Steps that leave each group its share of channels, at least one."""

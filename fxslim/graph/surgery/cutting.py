@@ -38,7 +38,7 @@ class Cut:
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
     """A tensor with only the kept entries, in its memory format."""
     result = tensor.detach()
-    for cut in sorted(cuts, key=lambda c: -c.blocks):
+    for cut in sorted(cuts, key=lambda c: (-c.blocks, c.dim)):
         index = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
         result = _cut_blocks(result, cut, index) if cut.blocks > 1 else result.index_select(cut.dim, index)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
