@@ -189,7 +189,7 @@ def _fill_optimizer(
             functools.partial(unpack_optimizer, optimizer, state, metadata["optimizer"]),
             functools.partial(vars(optimizer).update, before),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the optimizer's state in {path} is damaged: {type(error).__name__}: {error}; load without optimizer="
         ) from error

@@ -14,7 +14,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     After an error there is no new file, and one that was there before is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.parent / (path.name + ".part")
     try:
         write(temporary)
         temporary.replace(path)

@@ -147,20 +147,23 @@ class PruningPlan:
                 f"version {data.get('version')!r}"
             )
         try:
+            shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
+            cuts = tuple(_cut(shapes, *fields) for fields in data["cuts"])
+            if len({(cut.name, cut.dim) for cut in cuts}) != len(cuts):
+                raise PlanError("a dim is cut twice")
             return cls(
-                cuts=tuple(Cut(name=n, dim=d, blocks=b, keep=unpack_ranges(keep)) for n, d, b, keep in data["cuts"]),
-                new_sizes=tuple(
-                    NewAttribute(attribute=Attribute(module=m, name=n, item=i), before=b, after=a)
-                    for m, n, i, b, a in data.get("new_sizes", ())
+                cuts=cuts,
+                new_sizes=tuple(_new_size(*fields) for fields in data.get("new_sizes", ())),
+                shapes=shapes,
+                rows=tuple(
+                    GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]
                 ),
-                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-                rows=tuple(GroupRow(name=n, before=b, after=a, layers=k) for n, b, a, k in data["rows"]),
-                macs=(data["macs"][0], data["macs"][1]),
-                params=(data["params"][0], data["params"][1]),
-                notes=tuple(data.get("notes", ())),
+                macs=(int(data["macs"][0]), int(data["macs"][1])),
+                params=(int(data["params"][0]), int(data["params"][1])),
+                notes=tuple(map(str, data.get("notes", ()))),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [5])
@@ -183,3 +186,16 @@ def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def _cut(shapes: dict[str, tuple[int, ...]], name: str, dim: int, blocks: int, keep: str) -> Cut:
+    """A cut that fits the shape of its parameter."""
+    shape = shapes[name]
+    if not (0 <= dim < len(shape) and 1 <= blocks <= max(1, shape[0]) and shape[0] % blocks == 0):
+        raise PlanError(f"{name} of shape {shape} has no dim {dim} in {blocks} blocks")
+    return Cut(name=name, dim=dim, blocks=blocks, keep=unpack_ranges(keep, shape[dim] * blocks))
+
+
+def _new_size(module: str, name: str, item: int | None, before: int, after: int) -> NewAttribute:
+    attribute = Attribute(module=str(module), name=str(name), item=None if item is None else int(item))
+    return NewAttribute(attribute=attribute, before=int(before), after=int(after))

@@ -28,6 +28,27 @@ def pruned_and_proved(model: nn.Module, x: torch.Tensor = X, visible: bool = Tru
     return plan
 
 
+class WithSizes(nn.Module):
+    """Reads a size from an item of an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (0, 16)
+        self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)).view(-1, self.sizes[1]))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_plans_compose(seed: int) -> None:
     x = torch.randn(2, 3, 8, 8)
@@ -48,6 +69,14 @@ def test_an_average_of_weights_is_pruned_by_the_same_plan() -> None:
     assert torch.equal(average.eval()(X), twin.eval()(X))
     average.update_parameters(model)
     assert fxslim.applied(average.module) == [plan]
+    with_sizes = WithSizes()
+    plan = fxslim.plan_pruning(with_sizes, X)
+    assert [str(new.attribute) for new in plan.new_sizes] == ["sizes[1]"]
+    pruned_and_proved(AveragedModel(with_sizes))
+    wrapped = AveragedModel(with_sizes)
+    plan.apply(wrapped.module)(X)
+    plan.apply(Wrapper(with_sizes))(X)
+    assert wrapped.module.sizes[1] == with_sizes.sizes[1] < 16
     later = AveragedModel(model)
     later.update_parameters(model)
     pruned_and_proved(later)

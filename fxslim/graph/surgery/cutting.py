@@ -132,22 +132,34 @@ def _cut_optimizer(
 
 def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
     """Sizes that the user's modules keep for themselves, as whole attributes."""
-    values: dict[tuple[str, str], Any] = {}
-    modules = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): module for name, module in model.named_modules()
-    }
+    values: dict[tuple[nn.Module, str], Any] = {}
+    modules = dict(model.named_modules())
+    inside = {_without_wrapper(name): module for name, module in modules.items()}
     for new in new_sizes:
-        attribute = new.attribute
-        key = attribute.module, attribute.name
-        old = values.get(key, getattr(modules.get(attribute.module), attribute.name, None))
-        found = old if attribute.item is None else old[attribute.item] if isinstance(old, tuple | list) else None
-        if found != new.before:
+        name, item = new.attribute.name, new.attribute.item
+        near = (modules.get(new.attribute.module), inside.get(_without_wrapper(new.attribute.module)))
+        owners = [owner for owner in near if owner is not None]
+        found = [values.get((owner, name), getattr(owner, name, None)) for owner in owners]
+        sizes = [_size_in(value, item) for value in found]
+        if new.before not in sizes:
             raise PlanError(
-                f"the plan does not fit this model: {attribute} is {found}, the plan was made for {new.before}"
+                f"the plan does not fit this model: {new.attribute} is {sizes[0] if sizes else None}, "
+                f"the plan was made for {new.before}"
             )
-        if attribute.item is None:
-            values[key] = new.after
-        else:
+        owner, old = owners[sizes.index(new.before)], found[sizes.index(new.before)]
+        after: Any = new.after
+        if item is not None:
             assert isinstance(old, tuple | list)
-            values[key] = type(old)([*old[: attribute.item], new.after, *old[attribute.item + 1 :]])
-    return [(modules[module], name, value) for (module, name), value in values.items()]
+            after = type(old)([*old[:item], after, *old[item + 1 :]])
+        values[owner, name] = after
+    return [(module, name, value) for (module, name), value in values.items()]
+
+
+def _without_wrapper(name: str) -> str:
+    return (name + ".").removeprefix("module.").removeprefix("_orig_mod.")[:-1]
+
+
+def _size_in(value: Any, item: int | None) -> Any:
+    if item is None:
+        return value
+    return value[item] if isinstance(value, tuple | list) and item < len(value) else None
