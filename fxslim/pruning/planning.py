@@ -88,10 +88,13 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
 
 def _plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
     cuts, shares = [], {}
+    # A norm's parameters and the layers around it keep the same entries: one tuple for all of them.
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     for slot in graph.resolved.slots:
         stays = kept[graph.resolved.of(slot)]
         if not stays.all():
             keep = arrangement.orders.get(slot.key) or tuple(np.flatnonzero(stays).tolist())
+            keep = shared.setdefault(keep, keep)
             cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [

@@ -22,6 +22,10 @@ from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.old_graphs import OldGraphs
 
 
+# Elements that are cut at a time.
+_PIECE = 1 << 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """Entries of one dim that stay, in their new order.
@@ -38,12 +42,34 @@ class Cut:
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
     """A tensor with only the kept entries, in its memory format."""
     result = tensor.detach()
-    for cut in sorted(cuts, key=lambda c: (-c.blocks, c.dim)):
-        index = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
-        result = _cut_blocks(result, cut, index) if cut.blocks > 1 else result.index_select(cut.dim, index)
+    for cut in (cut for cut in cuts if cut.blocks > 1):
+        result = _cut_blocks(result, cut, _index(cut, tensor))
+    plain = {cut.dim: _index(cut, tensor) for cut in cuts if cut.blocks == 1}
+    if 0 in plain and len(plain) > 1 and tensor.layout == torch.strided:
+        result = _cut_rows(result, plain.pop(0), plain)
+    else:
+        for dim, index in plain.items():
+            result = result.index_select(dim, index)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return result.contiguous(memory_format=torch.channels_last)
     return result.contiguous() if result.layout == torch.strided else result
+
+
+def _index(cut: Cut, tensor: Tensor) -> Tensor:
+    return torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
+
+
+def _cut_rows(tensor: Tensor, rows: Tensor, others: dict[int, Tensor]) -> Tensor:
+    """Cuts along the first dim and others, some rows at a time: all rows cut along one dim would take more memory."""
+    sizes = [len(rows), *(len(others[d]) if d in others else tensor.shape[d] for d in range(1, tensor.dim()))]
+    result = tensor.new_empty(sizes)
+    step = max(1, _PIECE // max(1, tensor[:1].numel()))
+    for start in range(0, len(rows), step):
+        piece = tensor.index_select(0, rows[start : start + step])
+        for dim, index in others.items():
+            piece = piece.index_select(dim, index)
+        result[start : start + step] = piece
+    return result
 
 
 def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
