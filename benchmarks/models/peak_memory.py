@@ -104,7 +104,8 @@ def main() -> None:
         "memory at the peak, above what the process held before the model was built; each figure from a process of",
         "its own. `prune` is trace, plan (l2) and apply with its trial forward. Reproduce:",
         "`python -m benchmarks.models.peak_memory`.", "",
-        "| model and input | forward | trace | prune | trace / forward | prune / forward |", "|---|---|---|---|---|---|",
+        "| model and input | forward | trace | prune | trace / forward | prune / forward |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     path = options.report / f"{datetime.date.today()}-peak-memory.md"
     path.write_text("\n".join([*head, *(text for _, text in results), ""]))

@@ -30,8 +30,7 @@ X = torch.randn(1, 3, 32, 32)
 def resnet(depth: int) -> nn.Module:
     """A bottleneck ResNet of about this many layers, an eighth as wide as usual."""
     blocks = (depth - 2) // 12
-    model = ResNet(Bottleneck, [blocks] * 4, width_per_group=8)
-    return model
+    return ResNet(Bottleneck, [blocks] * 4, width_per_group=8)
 
 
 def densenet(layers: int, growth: int) -> nn.Module:
@@ -100,8 +99,8 @@ def main() -> None:
     growth = [f"{family}: {found[-1] / found[0]:.2f}" for family, found in families.items()]
     head = [
         f"# Time as models grow, {datetime.date.today()}", "", machine(), "",
-        "CPU seconds at 1x3x32x32, the least of three (apply: once). `plan` includes the trace, `apply` a trial forward;",
-        "us per operator is plan and apply over the operators recorded. Largest over smallest of a family: "
+        "CPU seconds at 1x3x32x32, the least of three (apply: once). `plan` includes the trace, `apply` a trial",
+        "forward; us per operator is plan and apply over the operators recorded. Largest over smallest of a family: "
         + ", ".join(growth) + ".", "Reproduce: `python -m benchmarks.models.scaling`.", "",
         "| model | operators | forward | trace | plan | apply | us per operator |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

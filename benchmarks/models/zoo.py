@@ -165,10 +165,10 @@ def main() -> None:
         f"# Torchvision's convolutional models, {datetime.date.today()}", "", machine(), "",
         f"{passed} of {len(results)} pruned to half their macs ({options.importance} choice), equal to the silenced",
         "original in float64 on two resolutions, and run in train mode afterwards. `relative` is the largest",
-        "difference over the largest output, `effect` that of the removal itself, `smallest group` that of one group",
+        "difference over the largest output, `effect` that of the removal itself, `one group` that of the least group",
         "alone (below 1e-3 a row is VACUOUS), `free` the share of layers with removable channels (below 95 % a row is",
         "FROZEN), seconds are CPU time of planning.", "Reproduce with `make zoo`.", "",
-        "| model | | macs kept | params kept | layers cut | free | relative | effect | smallest group | s | stays because |",
+        "| model | | macs kept | params kept | layers cut | free | relative | effect | one group | s | stays because |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     options.report.mkdir(parents=True, exist_ok=True)

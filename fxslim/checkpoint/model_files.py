@@ -121,7 +121,7 @@ def load(
     changes = Changes()
     try:
         for data in metadata["plans"]:
-            _plan(data, path).change_model(model, changes, optimizer)
+            _plan(data, path).change_model(model, changes, optimizer, values=False)
         _fill(model, state, path, changes)
         if optimizer is not None:
             _fill_optimizer(optimizer, tensors, metadata, path, changes)

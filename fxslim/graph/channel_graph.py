@@ -18,6 +18,7 @@ from fxslim.graph.propagation import Conflict
 from fxslim.graph.recording import Recording, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.settling import Arranger, settle
+from fxslim.graph.slots import owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class ChannelGraph:
         return _graph_of(model, settle(model, self.arranger.recordings, decisions), self.notes)
 
     def _check_layer(self, layer: str) -> None:
-        known = sorted({name.rpartition(".")[0] for name in self.state_shapes})
+        known = sorted({owner(name) for name in self.state_shapes})
         if layer not in known:
             raise ConfigError(unknown_name("layer", layer, known))
 
@@ -62,14 +63,19 @@ class ChannelGraph:
         self._check_layer(layer)
         lines = [str(group) for group in self.groups if layer in group.layers("producer", "depthwise")]
         for slot in self.resolved.slots:
-            if slot.name.rpartition(".")[0] == layer and slot.role == "producer":
+            if owner(slot.name) == layer and slot.role == "producer":
                 reasons = Counter(
                     self.resolved.reasons[c] for c in self.resolved.of(slot).tolist() if self.resolved.frozen[c]
                 )
                 lines += [f"{layer}: {count} of {len(slot.ids)} channels stay: {why}" for why, count in reasons.items()]
-        if any(name.rpartition(".")[0] == layer for name in self.not_reached):
+        lines += list(dict.fromkeys(f"{layer}: stays: {why}" for why in self._reasons_for(layer)))
+        if any(owner(name) == layer for name in self.not_reached):
             lines.append(f"{layer}: stays: not reached by the example inputs")
         return "\n".join(lines) or f"{layer}: makes no channels of its own"
+
+    def _reasons_for(self, layer: str) -> list[str]:
+        """Why states of a layer stay whole that are no one's channels."""
+        return [why for name, why in self.resolved.whole.items() if owner(name) == layer]
 
     def frozen_layers(self) -> dict[str, str]:
         """Layers that make channels of which none is free, with the reason."""
@@ -77,7 +83,10 @@ class ChannelGraph:
         for slot in self.resolved.slots:
             classes = self.resolved.of(slot)
             if slot.role == "producer" and self.resolved.frozen[classes].all():
-                frozen[slot.name.rpartition(".")[0]] = self.resolved.reasons[int(classes[0])]
+                frozen[owner(slot.name)] = self.resolved.reasons[int(classes[0])]
+        for name, why in self.resolved.whole.items():
+            if len(self.state_shapes[name]) > 1:
+                frozen.setdefault(owner(name) or name, why)
         return frozen
 
     def report(self) -> str:

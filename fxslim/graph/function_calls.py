@@ -25,6 +25,15 @@ _LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
 _WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "unflatten", "tensor_split")
 
 
+# Functions written down as one operator, not as what they are made of: a rule knows more about the whole.
+WHOLE = frozenset(
+    """
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pack_padded_sequence
+    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward
+    """.split()
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A torch function by its name; ``sizes`` as the user's code gave them (tagged or plain), None if it gave none."""
@@ -37,8 +46,9 @@ class Call:
 class CalledFunctions(TorchFunctionMode):
     """Keeps the stack of calls, and answers questions about sizes with tagged ints."""
 
-    def __init__(self, node_of: Callable[[Tensor], fx.Node]) -> None:
+    def __init__(self, node_of: Callable[[Tensor], fx.Node], take_whole: Callable[..., Any]) -> None:
         self.stack: list[Call] = []
+        self.take_whole = take_whole
         self.node_of = node_of
 
     @property
@@ -63,6 +73,8 @@ class CalledFunctions(TorchFunctionMode):
             return sizes if dim is None else sizes[int(dim)]
         self.stack.append(self._call(name, args, kwargs))
         try:
+            if name in WHOLE:
+                return self.take_whole(func, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.stack.pop()
@@ -79,6 +91,8 @@ class CalledFunctions(TorchFunctionMode):
         if name in _WITH_CUTS:
             rest = (*args[1:], *kwargs.values())
             return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=_users_line())
+        if name == "multi_head_attention_forward":
+            return Call(name=name, sizes=tuple(args[3:5]), where=_users_line())
         return Call(name=name)
 
 

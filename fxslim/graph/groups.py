@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fxslim.graph.direct_states import settle_entries
 from fxslim.graph.labels import FIXED, Ids
 from fxslim.graph.propagation import Propagation
-from fxslim.graph.slots import Slot
+from fxslim.graph.slots import Slot, owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class ChannelGroup:
 
     def layers(self, *roles: str) -> list[str]:
         """Names of the layers that hold the group's slots."""
-        chosen = (slot.name.rpartition(".")[0] for slot in self.slots if not roles or slot.role in roles)
+        chosen = (owner(slot.name) for slot in self.slots if not roles or slot.role in roles)
         return list(dict.fromkeys(chosen))
 
 
@@ -47,11 +48,13 @@ class ResolvedLabels:
     """Labels after unification: the class of each label, which classes are frozen and why."""
 
     def __init__(self, propagation: Propagation) -> None:
-        self.slots = list(propagation.slots.values())
         self.classes = propagation.space.classes()
+        settled, freezes = settle_entries(propagation.entries, propagation.slots.values(), self.classes)
+        self.slots = [*propagation.slots.values(), *settled]
+        self.whole = propagation.whole
         self._slot_classes = {slot.key: self.classes[slot.ids] for slot in self.slots}
         self.reasons: dict[int, str] = {FIXED: "not a channel"}
-        for freeze in propagation.space.freezes:
+        for freeze in [*propagation.space.freezes, *freezes]:
             for found in np.unique(self.classes[freeze.ids]).tolist():
                 self.reasons.setdefault(found, freeze.reason)
         if propagation.space.count > 1:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Example inputs in every form that a user may give them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -30,13 +31,21 @@ class Inputs:
         """Whether no tensor is on the meta device."""
         return not any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((self.args, self.kwargs)))
 
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same with every tensor changed by a function."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Inputs(*tree_map(changed, self.args), **tree_map(changed, self.kwargs))
+
     def copied(self) -> "Inputs":
         """The same with cloned tensors, for a model that may change its inputs."""
+        return self.with_tensors(torch.clone)
 
-        def copy(value: Any) -> Any:
-            return value.clone() if isinstance(value, Tensor) else value
-
-        return Inputs(*tree_map(copy, self.args), **tree_map(copy, self.kwargs))
+    def in_double(self) -> "Inputs":
+        """The same with floating tensors in float64."""
+        return self.with_tensors(lambda value: value.double() if value.is_floating_point() else value)
 
     def __repr__(self) -> str:
         parts = [_shown(a) for a in self.args] + [f"{k}={_shown(v)}" for k, v in self.kwargs.items()]

@@ -11,13 +11,17 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from fxslim.errors import TraceError
+from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
-from fxslim.graph.slots import LayerCall, Slot
+from fxslim.graph.slots import LayerCall, Slot, owner
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
+
+# Parameters used directly are labelled entry by entry up to this size: labels must stay small beside the model.
+MOST_ENTRIES = 2**22
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -114,7 +118,7 @@ class Propagation:
         self.values: dict[fx.Node, Labels | list[Labels]] = {}
         self.reached: set[str] = set()
         self.batch = 0
-        self.input_batches: set[int] = set()
+        self.input_sizes: set[int] = set()
         self.modules = dict(model.named_modules())
         # Views that split channels in rows with a choice of their own, and what is needed to follow that choice.
         self.splits: dict[fx.Node, Ids] = {}
@@ -125,11 +129,19 @@ class Propagation:
         # Rows that turned out to be reduced or mixed with each other.
         self.wishes: list[Conflict] = []
         self._node: fx.Node | None = None
+        # Labels of each entry of parameters that the forward uses directly along several dims.
+        self.entries: dict[str, Ids] = {}
+        # Why states stay whole, and why layers do whose weights are computed from others.
+        self.whole: dict[str, str] = {}
+        self.computed = find_computed_layers(model)
+        for name in self.states:
+            if (layer := owner(name)) in self.computed:
+                self._keep_whole(name, self.computed[layer])
 
     # --- what rules read
 
     def labels(self, value: Any) -> Labels | None:
-        """Labels of an argument; a parameter used directly gets one label per entry of its one long dim."""
+        """Labels of an argument; a parameter used directly gets one label for each of its entries."""
         if not isinstance(value, fx.Node):
             return None
         found = self.values.get(value)
@@ -141,13 +153,17 @@ class Propagation:
         return found
 
     def _direct_state(self, node: fx.Node) -> Labels:
-        shape = node.meta["shape"]
+        name, shape = str(node.target), node.meta["shape"]
         long = [d for d, size in enumerate(shape) if size > 1]
-        if len(long) != 1:
-            # Entries along several dims (or none): not followed, so it stays and what meets it too.
-            self.freeze_state(str(node.target), node, "a parameter used directly")
+        if len(long) == 1:
+            return along(shape, long[0], self.slot(name, long[0]).ids)
+        if not long or name in self.whole or math.prod(shape) > MOST_ENTRIES:
+            self.freeze_state(name, node, f"{name} is a parameter used directly")
             return fixed(shape)
-        return along(shape, long[0], self.slot(str(node.target), long[0]).ids)
+        self.reached.add(name)
+        if name not in self.entries:
+            self.entries[name] = self.space.fresh(math.prod(shape)).reshape(shape)
+        return Labels(shape=shape, ids=self.entries[name])
 
     def state_name(self, value: Any) -> str | None:
         """The name of the parameter or buffer that an argument is, or is a transposed view of."""
@@ -155,18 +171,30 @@ class Propagation:
             value = value.args[0]
         return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
+    def tied_along(self, labels: Labels, dim: int) -> Labels:
+        """The labels with one channel along all other dims, where they vary along ``dim`` at all."""
+        if dim not in labels.varying or len(labels.varying) == 1:
+            return labels
+        line = labels.ids[tuple(slice(None) if d == dim else slice(1) for d in range(labels.ids.ndim))]
+        self.space.unify(np.broadcast_to(line, labels.ids.shape), labels.ids)
+        return Labels(shape=labels.shape, ids=line)
+
     def has_computed(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""
         return any(isinstance(value, fx.Node) and self.state_name(value) is None for value in values)
 
     # --- what rules write
 
+    def why_computed(self, node: fx.Node, what: str) -> str:
+        """Why a tensor is not a parameter: its layer's weights are made from others, or the model computes it."""
+        return self.computed.get(node.meta["module"], f"{what} is computed")
+
     def slot(self, name: str, dim: int, ids: Ids | None = None, *, blocks: int = 1, role: str = "follower") -> Slot:
         """The slot of a dim: made at its first use (with fresh labels unless given), unified at later ones."""
         self.reached.add(name)
         slot = self.slots.get((name, dim))
         if slot is None:
-            ids = self.space.fresh(self.states[name].shape[dim]) if ids is None else np.array(ids)
+            ids = self.space.fresh(blocks * self.states[name].shape[dim]) if ids is None else np.array(ids)
             slot = self.slots[name, dim] = Slot(name=name, dim=dim, ids=ids, blocks=blocks, role=role)
         elif ids is not None:
             self.space.unify(slot.ids, ids)
@@ -175,13 +203,12 @@ class Propagation:
         return slot
 
     def count(
-        self, node: fx.Node, weight: str, x: Labels, positions: int, factors: tuple[tuple[str, int], ...]
+        self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[tuple[str, int], ...]
     ) -> None:
         """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
         if self.batch == 0:
-            # The first layer tells which input has the batch; an unbatched one has none.
-            batched = len(x.shape) == self.states[weight].dim() and x.shape[0] in self.input_batches
-            self.batch = max(1, x.shape[0]) if batched else 1
+            # The first layer tells which size is the batch; an unbatched one has none.
+            self.batch = max(1, batch) if batch in self.input_sizes else 1
         name = node.meta["module"] or weight.rpartition(".")[0]
         total = positions * math.prod(self.states[weight].shape)
         self.calls.append(LayerCall(name=name, macs=total // self.batch, factors=factors))
@@ -211,10 +238,17 @@ class Propagation:
 
     def freeze_state(self, name: str, node: fx.Node, why: str) -> None:
         """A parameter stays whole."""
+        where = node.meta.get("module") or "the model's forward"
+        self._keep_whole(name, f"{why} in {where}")
+
+    def _keep_whole(self, name: str, reason: str) -> None:
         self.reached.add(name)
+        self.whole.setdefault(name, reason)
+        if name in self.entries:
+            self.space.freeze(self.entries[name], reason)
         for dim in range(self.states[name].dim()):
             if (name, dim) in self.slots:
-                self.freeze(Labels(shape=(), ids=self.slots[name, dim].ids), node, why)
+                self.space.freeze(self.slots[name, dim].ids, reason)
             else:
                 zeros = np.full(self.states[name].shape[dim], FIXED, dtype=np.int64)
                 self.slots[name, dim] = Slot(name=name, dim=dim, ids=zeros)
@@ -223,7 +257,7 @@ class Propagation:
 
     def run(self, recording: Recording) -> None:
         """Labels of every value of a recording; a second recording of the same model adds to the first."""
-        self.input_batches = {node.meta["shape"][0] for node in recording.inputs if node.meta["shape"]}
+        self.input_sizes = {size for node in recording.inputs for size in node.meta["shape"][:2]}
         self.batch = 0
         for node in recording.nodes:
             if node.op != "call_function":
@@ -235,8 +269,6 @@ class Propagation:
             name, self._node = operator_name(node), node
             if node.meta["mutates_view"]:
                 self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
-            elif isinstance(self.modules.get(node.meta["module"]), nn.MultiheadAttention):
-                self.values[node] = self.freeze_inputs(node, "attention keeps its width")
             elif name not in RULES:
                 self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
             else:
@@ -252,7 +284,7 @@ class Propagation:
 
 def results_without_channels(node: fx.Node) -> Labels | list[Labels]:
     """FIXED labels for one result, or for each of several."""
-    if node.meta["shape"] is not None:
+    if node.meta.get("shape") is not None:
         return fixed(node.meta["shape"])
     items = [user for user in node.users if user.target is operator.getitem]
     several: list[Labels] = [fixed(())] * (1 + max((as_int(i.args[1]) for i in items), default=0))
@@ -271,12 +303,15 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
             propagation.freeze(operand, node, "a single channel meets all others")
         elif chosen is None:
             chosen = operand
-        elif operand.varying == chosen.varying and operand.ids.shape == chosen.ids.shape:
+        elif set(operand.varying) <= set(chosen.varying) or set(operand.varying) >= set(chosen.varying):
+            # Where one is constant along more dims, so is the result: its channels go as a whole.
             propagation.space.unify(chosen.ids, operand.ids)
+            chosen = min(chosen, operand, key=lambda labels: len(labels.varying))
         else:
-            for one in (chosen, operand):
-                propagation.freeze(one, node, "labels along different dims meet")
-            return fixed(shape)
+            propagation.freeze(operand, node, "channels along different dims meet")
+            if any(operand.shape[d] > 1 for d in chosen.varying):
+                propagation.freeze(chosen, node, "channels along different dims meet")
+                return fixed(shape)
     if chosen is None:
         return fixed(shape)
     for operand in aligned:

@@ -32,7 +32,8 @@ class _Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.states = {id(t): name for name, t in named_states(model)}
-        self.functions = CalledFunctions(self.node_of)
+        self.functions = CalledFunctions(self.node_of, self.take_whole)
+        self.inside_whole = False
         self.module_stack = module_stack
 
     def node_of(self, value: Any) -> Any:
@@ -58,23 +59,41 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.inside_whole:
+            return func(*args, **kwargs)
         is_view = func._schema.is_mutable and any(value._is_view() for value in _written(func, args, kwargs))
         inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
+        self._write(func, inputs, result, mutates_view=bool(is_view))
+        return result
+
+    def take_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Write one operator for a function and nothing of what it runs."""
+        inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
+        self.inside_whole = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside_whole = False
+        self._write(func, inputs, result, mutates_view=False)
+        return result
+
+    def _write(self, func: Any, inputs: Any, result: Any, *, mutates_view: bool) -> None:
         # Arguments are set afterwards: create_node would search them for symbolic sizes first.
         node = self.graph.create_node("call_function", func)
         node.args, node.kwargs = inputs
         node.meta["call"] = self.functions.current
         node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
-        node.meta["mutates_view"] = bool(is_view)
+        node.meta["mutates_view"] = mutates_view
         if isinstance(result, Tensor):
             self._remember(node, result)
-        elif isinstance(result, tuple | list):
-            node.meta["shape"] = None
+        else:
+            # Several results, or a number.
+            node.meta["shape"] = None if isinstance(result, tuple | list) else ()
+        if isinstance(result, tuple | list):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
                     self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
-        return result
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -2,8 +2,22 @@
 """Slots: where channels live in parameters and buffers."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from fxslim.graph.labels import Ids
+
+
+def owner(name: str) -> str:
+    """The layer that a parameter or buffer belongs to; a parametrization is part of its layer.
+
+    >>> owner("a.conv.weight"), owner("a.conv.parametrizations.weight.original")
+    ('a.conv', 'a.conv')
+    """
+    layer, inside, _ = f".{name}".partition(".parametrizations.")
+    return layer[1:] if inside else name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +48,26 @@ class LayerCall:
     macs: int
     # Slots whose share of kept entries each multiplies the cost.
     factors: tuple[tuple[str, int], ...]
+
+
+class Place(Protocol):
+    """A slot, or anything else that names one dim of a tensor and its blocks."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+
+def entry_sums(values: Tensor, place: Place) -> Tensor:
+    """The sum over all else, in float64, for each entry of a slot.
+
+    >>> entry_sums(torch.ones(2, 3), Slot(name="fc.weight", dim=1, ids=None))
+    tensor([2., 2., 2.], dtype=torch.float64)
+    """
+    if place.blocks > 1:
+        values = values.reshape(place.blocks, -1, *values.shape[1:])
+        return values.sum([1, *range(3, values.dim())], dtype=torch.float64).flatten()
+    others = [d for d in range(values.dim()) if d != place.dim]
+    return values.sum(others, dtype=torch.float64) if others else values.double()

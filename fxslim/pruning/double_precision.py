@@ -9,25 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fxslim.errors import UnsupportedLayerError
 from fxslim.graph.recording import named_states
+from fxslim.pruning.channel_masking import unmasked_copy
 
 _CASTS = ("float", "half", "bfloat16")
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """A copy in float64. Tensors that the model has computed and kept, which Python can't copy, are cut loose."""
+    """A copy in float64, free of masks."""
     for name, state in named_states(model):
         if state.is_meta:
             raise UnsupportedLayerError(
                 f"verify compares values, but {name} is on the meta device and has none: verify a model with weights"
             )
-    kept = [value for module in model.modules() for value in tree_leaves(vars(module)) if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
     try:
-        return copy.deepcopy(model, memo).double()
+        return unmasked_copy(model).double()
     except Exception as error:
         raise UnsupportedLayerError(
             f"verify works on copies of the model, but {_uncopied(model)} can't be copied: "

@@ -58,7 +58,7 @@ def plan_pruning(
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
-            return _plan(graph, kept, arrangement, inputs)
+            return removal_plan(graph, kept, arrangement, inputs)
         graph = graph.without(model, arrangement)
 
 
@@ -86,7 +86,8 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
     return blocked
 
 
-def _plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
+def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
+    """The plan that keeps these classes of the graph, in this arrangement, and removes all others."""
     cuts, shares = [], {}
     # A norm's parameters and the layers around it keep the same entries: one tuple for all of them.
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -95,7 +96,7 @@ def _plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, input
         if not stays.all():
             keep = arrangement.orders.get(slot.key) or tuple(np.flatnonzero(stays).tolist())
             keep = shared.setdefault(keep, keep)
-            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks))
+            cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks, role=slot.role))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [
         GroupRow(

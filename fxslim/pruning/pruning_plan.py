@@ -2,7 +2,9 @@
 """PruningPlan: which entries of which parameters stay; structure only, saved as JSON."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,16 +16,20 @@ from torch.optim import Optimizer
 from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import ModelState
-from fxslim.graph.recording import undisturbed
+from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
-from fxslim.graph.tagged_sizes import Attribute
-from fxslim.plan.applied_plans import names_in, remember_plan
+from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
 from fxslim.plan.file_writing import write_file
-from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
+from fxslim.pruning.channel_masking import ChannelMask, mask_of
+from fxslim.pruning.constant_folding import Fold, folded_values
+from fxslim.pruning.example_shapes import describe_inputs, described_inputs
+from fxslim.pruning.plan_fields import pack_cuts, unpack_cuts, unpack_folds, unpack_sizes
 from fxslim.pruning.verification import Verification, verify_cuts
+from fxslim.pruning.weight_masks import WeightMasks
 
 KIND = "pruning"
 VERSION = 1
@@ -54,33 +60,88 @@ class PruningPlan:
     params: tuple[int, int]
     # Sizes that the user's own modules keep as attributes and read in their forward.
     new_sizes: tuple[NewAttribute, ...] = ()
+    # Made from masks: entries that they make 0, and constants to fold. None: whatever is removed counts as 0.
+    zeros: tuple[Cut, ...] | None = None
+    folds: tuple[Fold, ...] = ()
     # What the user should know: paths that the example inputs did not take.
     notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
 
-    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+    @classmethod
+    def from_masks(cls, model: nn.Module, inputs: Any, masks: WeightMasks) -> "PruningPlan":
+        """Remove the channels that masks of weights leave without effect: the outputs stay those of the masked model.
+
+        ``masks`` is {layer or parameter: tensor of 0 (removed) and 1}, of the weight's shape or one value per
+        output channel, or {layer: {"weight": mask, "bias": mask}}. A channel that is still a constant (its bias is
+        not masked) is folded into the next layer's bias, or the running mean of a batch norm after it, where that
+        is exact in eval mode; else it stays, and ``notes`` say why. Weights that are masked inside channels that
+        stay must be 0 in the model already: the plan is structure.
+
+        >>> from torch import ones, randn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> mask = ones(8)
+        >>> mask[:3] = 0
+        >>> print(PruningPlan.from_masks(net, randn(1, 3, 8, 8), {"0": mask}))
+        group   before   after  layers
+        0            8       5       2
+        macs: 12,384 -> 7,740 (62.5% kept)
+        params: 516 -> 324 (62.8% kept)
+        """
+        from fxslim.pruning.masks_to_plan import plan_from_masks
+
+        return plan_from_masks(model, inputs, masks)
+
+    @classmethod
+    def from_desc(cls, model: nn.Module, inputs: Any, desc: Any) -> "PruningPlan":
+        """The plan that msModelSlim's ``desc`` describes: {layer: {"output": [kept, "--x-"], "input": [...]}}.
+
+        "-" is a kept channel, "x" a dropped one. Layers that are not listed lose the channels that they share
+        with listed ones; a listed layer loses exactly what it lists, or this is an error.
+
+        >>> from torch import randn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        >>> PruningPlan.from_desc(net, randn(1, 3, 8, 8), {"0": {"output": [3, "--x-"]}}).to_desc()
+        {'0': {'output': [3, '--x-']}, '2': {'input': [3, '--x-']}}
+        """
+        from fxslim.pruning.description import plan_from_desc
+
+        return plan_from_desc(model, inputs, desc)
+
+    def to_desc(self) -> dict[str, dict[str, list[Any]]]:
+        """The plan as msModelSlim's ``desc``, for JSON: only changed layers, norms by their "input"."""
+        from fxslim.pruning.description import describe_cuts
+
+        return describe_cuts(self.cuts, self.shapes)
+
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
         """Remove the channels, in place; returns the model. After any error the model is as it was.
 
         Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training goes on. Losses that
         were computed before can't be walked backward any more.
+        ``values=False`` changes shapes only and leaves the values to a state dict: constants are not folded.
+        A mask of this plan is taken away with its channels.
         """
         changes = Changes()
         try:
-            self.change_model(model, changes, optimizer)
+            self.change_model(model, changes, optimizer, values=values)
             return model
         except BaseException:
             changes.undo()
             raise
 
-    def change_model(self, model: nn.Module, changes: Changes, optimizer: Optimizer | None = None) -> None:
+    def change_model(
+        self, model: nn.Module, changes: Changes, optimizer: Optimizer | None = None, *, values: bool = True
+    ) -> None:
         """Cut the model, try its forward and note the plan; the caller takes ``changes`` back after an error."""
-        refuse_wrapped(model)
-        model = without_compile_wrapper(model)
-        names = names_in(model, self.shapes)
+        model, names = self._names_in(model)
+        cuts, mask = _renamed(self.cuts, names), self._own_mask(model, names)
         with torch.inference_mode(False):
             changes.on_undo(ModelState(model).restore)
-            surgery = Surgery(model, self._named_for(names), optimizer, self.new_sizes)
+            folded = self._folded(model, names) if values else None
+            surgery = Surgery(model, cuts, optimizer, new_sizes=self.new_sizes, values=folded)
+            if mask is not None:
+                changes.make(functools.partial(mask.detach, model), functools.partial(mask.attach_again, model))
             surgery.commit(changes)
             self._try_forwards(model, changes)
             remember_plan(model, self, changes)
@@ -105,17 +166,79 @@ class PruningPlan:
                 "written as a number. Nothing was changed. Name the layers around it in skip="
             ) from failure
 
-    def _named_for(self, names: dict[str, str]) -> list[Cut]:
-        """The cuts with the model's own names, which may have a wrapper's prefix."""
-        return [dataclasses.replace(cut, name=names[cut.name]) for cut in self.cuts]
+    def mask(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+        """Hold what the plan removes at 0 while the model trains; ``apply`` removes it later. Returns the model.
 
-    def verify(self, model: nn.Module, inputs: Any) -> Verification:
-        """Prove that the pruned model computes what the model computes with the removed channels silenced."""
+        The masked model computes what the pruned one would, in training too. Its class, its parameters and
+        their names stay; the masked entries are 0 in every ``state_dict()`` and their gradients are 0. With
+        ``optimizer`` what it keeps for them is set to 0 as well, so that they stay 0 between a step and the next
+        forward too. The mask itself is no part of the state: mask a model again after its state was loaded.
+        Only the model's own forward is masked, not one of its submodules called alone.
+        """
+        inner, names = self._names_in(model)
+        mask = self._own_mask(inner, names)
+        if mask is None:
+            states = dict(named_states(inner))
+            for name, value in self._folded(inner, names).items():
+                states[name].data.copy_(value)
+            mask = ChannelMask(inner, tuple(_renamed(self.cuts, names)))
+            mask.attach(inner)
+        if optimizer is not None:
+            mask.mute_optimizer(inner, optimizer)
+        return model
+
+    def unmask(self, model: nn.Module) -> nn.Module:
+        """Take the mask away; entries that were masked start from 0. Returns the model."""
+        inner, names = self._names_in(model)
+        mask = self._own_mask(inner, names)
+        if mask is None:
+            raise PlanError("the model is not masked: call plan.mask(model) first")
+        mask.detach(inner)
+        return model
+
+    def _names_in(self, model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+        """The model inside of a compile wrapper, and its own names of everything that the plan knows."""
         refuse_wrapped(model)
         model = without_compile_wrapper(model)
-        names = names_in(model, self.shapes)
+        norms = [name for name, _, _ in find_unweighted_norms(model)]
+        own = {name: name for name in norms} | {plain_name(name): name for name in norms}
+        return model, own | names_in(model, self.shapes)
+
+    def _own_mask(self, model: nn.Module, names: Mapping[str, str]) -> ChannelMask | None:
+        """The mask of this plan on a model; another plan's is refused."""
+        mask = mask_of(model)
+        if mask is not None and mask.cuts != tuple(_renamed(self.cuts, names)):
+            raise PlanError(
+                "the model is masked by another plan: apply that one, or take it away with its unmask(model)"
+            )
+        return mask
+
+    def _folded(self, model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        if self.zeros is None:
+            return {}
+        if not self.inputs:
+            raise PlanError(
+                "the plan was made from masks and has no example inputs, which are needed to find the constants that "
+                "masked channels give: make it again with from_masks, or apply it with values=False and load a state"
+            )
+        folds = [Fold(weight=names[fold.weight], into=names[fold.into]) for fold in self.folds]
+        return folded_values(model, _renamed(self.cuts, names), _renamed(self.zeros, names), folds, self.inputs)
+
+    def verify(self, model: nn.Module, inputs: Any) -> Verification:
+        """Prove that the pruned model computes what the model computes with the removed channels silenced.
+
+        A plan made from masks: what the model computes with the masked entries at 0.
+        """
+        model, names = self._names_in(model)
         with torch.inference_mode(False):
-            return verify_cuts(model, self._named_for(names), inputs, self.new_sizes)
+            return verify_cuts(
+                model,
+                _renamed(self.cuts, names),
+                inputs,
+                new_sizes=self.new_sizes,
+                zeros=None if self.zeros is None else _renamed(self.zeros, names),
+                values=self._folded(model, names),
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
@@ -124,11 +247,11 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {
+        data: dict[str, Any] = {
             "kind": KIND,
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "cuts": [[c.name, c.dim, c.blocks, pack_ranges(c.keep)] for c in self.cuts],
+            "cuts": pack_cuts(self.cuts),
             "new_sizes": [
                 [n.attribute.module, n.attribute.name, n.attribute.item, n.before, n.after] for n in self.new_sizes
             ],
@@ -137,6 +260,13 @@ class PruningPlan:
             "params": list(self.params),
             "notes": list(self.notes),
         }
+        if self.zeros is not None:
+            data["masks"] = {
+                "zeros": pack_cuts(self.zeros),
+                "folds": [[fold.weight, fold.into] for fold in self.folds],
+                "inputs": describe_inputs(self.inputs),
+            }
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -147,13 +277,11 @@ class PruningPlan:
                 f"version {data.get('version')!r}"
             )
         try:
+            masks = data.get("masks")
             shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
-            cuts = tuple(_cut(shapes, *fields) for fields in data["cuts"])
-            if len({(cut.name, cut.dim) for cut in cuts}) != len(cuts):
-                raise PlanError("a dim is cut twice")
             return cls(
-                cuts=cuts,
-                new_sizes=tuple(_new_size(*fields) for fields in data.get("new_sizes", ())),
+                cuts=unpack_cuts(data["cuts"], shapes),
+                new_sizes=unpack_sizes(data.get("new_sizes", ())),
                 shapes=shapes,
                 rows=tuple(
                     GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]
@@ -161,8 +289,11 @@ class PruningPlan:
                 macs=(int(data["macs"][0]), int(data["macs"][1])),
                 params=(int(data["params"][0]), int(data["params"][1])),
                 notes=tuple(map(str, data.get("notes", ()))),
+                zeros=None if masks is None else unpack_cuts(masks["zeros"], shapes),
+                folds=() if masks is None else unpack_folds(masks["folds"], shapes),
+                inputs=() if masks is None else described_inputs(masks["inputs"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
 
     def __str__(self) -> str:
@@ -188,14 +319,10 @@ def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     return None
 
 
-def _cut(shapes: dict[str, tuple[int, ...]], name: str, dim: int, blocks: int, keep: str) -> Cut:
-    """A cut that fits the shape of its parameter."""
-    shape = shapes[name]
-    if not (0 <= dim < len(shape) and 1 <= blocks <= max(1, shape[0]) and shape[0] % blocks == 0):
-        raise PlanError(f"{name} of shape {shape} has no dim {dim} in {blocks} blocks")
-    return Cut(name=name, dim=dim, blocks=blocks, keep=unpack_ranges(keep, shape[dim] * blocks))
-
-
-def _new_size(module: str, name: str, item: int | None, before: int, after: int) -> NewAttribute:
-    attribute = Attribute(module=str(module), name=str(name), item=None if item is None else int(item))
-    return NewAttribute(attribute=attribute, before=int(before), after=int(after))
+def _renamed(cuts: Iterable[Cut], names: Mapping[str, str]) -> list[Cut]:
+    """Cuts with a model's own names, which may have a wrapper's prefix."""
+    cuts = list(cuts)
+    for cut in cuts:
+        if cut.name not in names:
+            raise PlanError(f"the plan does not fit this model: it has no {cut.name}, which the plan cuts")
+    return [dataclasses.replace(cut, name=names[cut.name]) for cut in cuts]

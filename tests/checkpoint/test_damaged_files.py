@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxslim
-from fxslim import CheckpointError, FxslimError
+from fxslim import CheckpointError, FxslimError, PlanError
 from fxslim.plan.file_writing import write_file
 from tests.pruning.small_models import X, assert_unchanged, small, snapshot
 
@@ -149,12 +149,22 @@ def test_indices_outside_of_a_parameter(saved: Path, tmp_path: Path) -> None:
         ({3: "5-2"}, "are not between 0 and"),
         ({1: 4}, r"0\.weight of shape \(16, 3, 3, 3\) has no dim 4 in 1 blocks"),
         ({2: 5}, r"has no dim 0 in 5 blocks"),
-        ({0: "7.weight"}, "KeyError: '7.weight'"),
     ):
         wrong = [change.get(i, value) for i, value in enumerate(cut)]
         (tmp_path / "plan").write_text(json.dumps({**data, "cuts": [wrong, *data["cuts"][1:]]}))
         with pytest.raises(CheckpointError, match=f"the plan is damaged: .*{message}"):
             fxslim.load_plan(tmp_path / "plan")
+
+
+def test_cuts_of_parameters_that_do_not_exist(saved: Path, tmp_path: Path) -> None:
+    data = json.loads((saved / "plan").read_text())
+    data["cuts"][0][0] = "7.weight"
+    (tmp_path / "plan").write_text(json.dumps(data))
+    model = small()
+    before = snapshot(model)
+    with pytest.raises(PlanError, match=r"the plan does not fit this model: it has no 7\.weight, which the plan cuts"):
+        fxslim.load_plan(tmp_path / "plan").apply(model)
+    assert_unchanged(before, snapshot(model))
 
 
 def test_paths_that_can_not_be_written(tmp_path: Path) -> None:

@@ -31,6 +31,23 @@ def test_round_trip(times: int, tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_constants_that_masks_left_are_in_the_weights(tmp_path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3))
+
+    model = build()
+    plan = fxslim.PruningPlan.from_masks(model, X, {"0.weight": torch.tensor([1, 0] * 4)})
+    assert plan.folds
+    fxslim.save(plan.apply(model), tmp_path / "m")
+    fresh = build()
+    # Constants of other weights can't be folded, and need not be: the values are in the file.
+    nn.init.constant_(fresh[0].bias, torch.nan)
+    loaded = fxslim.load(fresh, tmp_path / "m")
+    assert torch.equal(loaded(X), model(X))
+    assert fxslim.applied(loaded)[0].to_dict() == plan.to_dict()
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

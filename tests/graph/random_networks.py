@@ -21,9 +21,31 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
 
 
+class ChannelsLast(nn.Module):
+    """A layer that has its channels in the last dim."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ChannelsLastNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RowByRow(nn.Module):
+    """Layers over the columns of a feature map, one row after the other."""
+
+    def __init__(self, channels: int, kind: type) -> None:
+        super().__init__()
+        self.layer = kind(channels, channels // 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(row.transpose(1, 2))[0].transpose(1, 2) for row in x.unbind(2)], 2)
 
 
 class Scale(nn.Module):
@@ -81,6 +103,19 @@ class RandomNetwork(nn.Module):
             other = self.random.randrange(len(self.channels))
             project = "" if self.channels[other] == c else self.layer(nn.Conv2d(self.channels[other], c, 1))
             self.emit((step, project, source, other), c)
+        elif step == "grouped_transposed":
+            groups = pick([g for g in (1, 2, 3, 4) if c % g == 0])
+            out = groups * pick([4, 6])
+            self.emit(("call", self.layer(nn.ConvTranspose2d(c, out, 3, padding=1, groups=groups)), source), out)
+        elif step == "multiplied" and c <= 24:
+            self.emit(("call", self.layer(nn.Conv2d(c, 2 * c, 3, padding=1, groups=c)), source), 2 * c)
+        elif step == "glu" and c % 2 == 0:
+            self.emit(("call", self.layer(nn.GLU(1)), source), c // 2)
+        elif step == "pixel_shuffle" and c % 4 == 0:
+            layer = nn.Sequential(nn.PixelShuffle(2), nn.AvgPool2d(2))
+            self.emit(("call", self.layer(layer), source), c // 4)
+        elif step == "recurrent" and c % 2 == 0:
+            self.emit(("call", self.layer(RowByRow(c, pick([nn.LSTM, nn.GRU, nn.RNN]))), source), c)
         elif step == "cat":
             other = self.random.randrange(len(self.channels))
             self.emit(("cat", "", source, other), c + self.channels[other])
@@ -130,6 +165,10 @@ ONE_TO_ONE = {
     "pool": lambda c: nn.MaxPool2d(3, 1, 1),
     "squeeze": SqueezeExcite,
     "scale": Scale,
+    "instance_norm": lambda c: nn.InstanceNorm2d(c, affine=c % 3 == 0),
+    "plain_group_norm": lambda c: nn.GroupNorm(2 if c % 2 == 0 else 1, c, affine=False),
+    "rms_norm": lambda c: ChannelsLast(nn.RMSNorm(c, elementwise_affine=c % 3 == 0)),
+    "channel_shuffle": lambda c: nn.ChannelShuffle(2 if c % 2 == 0 else 1),
 }
 STEPS = [
     "conv",
@@ -148,6 +187,11 @@ STEPS = [
     "view",
     "view",
     "view",
+    "grouped_transposed",
+    "multiplied",
+    "glu",
+    "pixel_shuffle",
+    "recurrent",
 ]
 
 

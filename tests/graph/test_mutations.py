@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fxslim import plan_pruning
 from fxslim.errors import PlanError
@@ -19,10 +20,14 @@ from tests.graph.random_networks import RandomNetwork
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-def caught(networks: int = 120) -> bool:
+def random_network(seed: int) -> tuple[nn.Module, Tensor]:
+    return RandomNetwork(seed), torch.randn(2, 3, 8, 8)
+
+
+def caught(build: Callable[[int], tuple[nn.Module, Tensor]] = random_network, networks: int = 120) -> bool:
     """Whether verify says of any random network that it differs; a plan that can't be made does not count."""
     for seed in range(networks):
-        model, x = RandomNetwork(seed), torch.randn(2, 3, 8, 8)
+        model, x = build(seed)
         try:
             plan = plan_pruning(model, x, ratio=0.3, importance="random", seed=seed)
         except (PlanError, RuntimeError, IndexError, ValueError, KeyError):
@@ -98,7 +103,7 @@ def blocks_as_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Propagation.slot
 
     def slot(self, name, dim, ids=None, *, blocks=1, **settings):
-        if blocks > 1 and (name, dim) not in self.slots:
+        if blocks > 1 and ids is not None and (name, dim) not in self.slots:
             ids = ids[: len(ids) // blocks]
         return original(self, name, dim, ids, **settings)
 

@@ -12,6 +12,7 @@ import fxslim
 from tests.graph.random_networks import randomise
 
 X = torch.randn(2, 3, 16, 16)
+_INTERNALS = vars(nn.Module()).keys() - {"training"}
 
 
 def small() -> nn.Sequential:
@@ -38,11 +39,18 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     found: dict[str, Any] = {
         "values": {name: _frozen(state) for name, state in states.items()},
         "grads": {name: _frozen(state.grad) for name, state in states.items()},
+        "identity": {name: id(state) for name, state in states.items()},
         "attributes": {
             f"{name}.{key}": _frozen(value)
             for name, module in model.named_modules()
             for key, value in vars(module).items()
-            if key not in ("_parameters", "_buffers", "_modules") and not isinstance(value, nn.Module)
+            if key not in _INTERNALS
+        },
+        "hooks": {
+            f"{name}.{key}": list(value.values())
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if key.endswith("_hooks")
         },
         "plans": [id(plan) for plan in fxslim.applied(model)],
         "switches": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()),

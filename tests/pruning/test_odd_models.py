@@ -54,6 +54,7 @@ MODELS = {
     "in place on a slice": lambda m, h, x: m.b(h[:, :4].add_(1).new_zeros(()) + h),
     "out= into a slice": lambda m, h, x: m.b(torch.add(h, 1, out=torch.empty_like(h)[:, :])),
     "training feature": lambda m, h, x: (m.b(h), h) if m.training else m.b(h),
+    "looks at a value": lambda m, h, x: m.b(h) if h.isfinite().all() else m.b(h * 2),
     "changes its input": lambda m, h, x: m.b(h) + x.mul_(2).sum(),
 }
 

@@ -42,9 +42,9 @@ def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 @rule(*COMBINING)
 def combine(propagation: Propagation, node: fx.Node) -> Labels:
     """Labels of the operands, unified."""
-    operands = [
-        labels for value in (*node.args, *node.kwargs.values()) if (labels := propagation.labels(value)) is not None
-    ]
+    # Parameters last: where channels along different dims meet, the first ones stay free.
+    values = sorted((*node.args, *node.kwargs.values()), key=lambda value: propagation.state_name(value) is not None)
+    operands = [labels for value in values if (labels := propagation.labels(value)) is not None]
     return combined(propagation, node, operands, node.meta["shape"])
 
 

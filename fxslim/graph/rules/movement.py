@@ -80,6 +80,10 @@ def concatenate(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
     parts = [labels for v in node.args[0] if (labels := propagation.labels(v)) is not None]  # type: ignore[union-attr]
     parts = [part for part in parts if len(part.shape) == len(node.meta["shape"])]
     dim = _dim(node.args[1] if len(node.args) > 1 else 0, len(node.meta["shape"]))
+    others = {d for part in parts if dim not in part.varying for d in part.varying}
+    if len(others) == 1:
+        # Some parts have channels along another dim: so have all.
+        parts = [propagation.tied_along(part, *others) for part in parts]
     if any(d != dim for part in parts for d in part.varying):
         if all(dim not in part.varying for part in parts):
             return _stacked(propagation, node, parts)

@@ -5,7 +5,7 @@ import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import FIXED, Labels, compressed, fixed
-from fxslim.graph.propagation import Propagation, as_int, results_without_channels, rule
+from fxslim.graph.propagation import Propagation, as_int, combined, results_without_channels, rule
 
 POOLS = """
 max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
@@ -30,6 +30,23 @@ def pool(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         return propagation.freeze_inputs(node, "pixels of a labelled dim are mixed")
     several = [Labels(shape=shape, ids=x.ids) for shape in shapes]
     return several if isinstance(results, list) else several[0]
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Places are counted inside each channel, so values and places go together."""
+    x, places = propagation.labels(node.args[0]), propagation.labels(node.args[1])
+    spatial = 3 if "3d" in str(node.target) else 2
+    if x is None or places is None or any(d >= len(x.shape) - spatial for d in (*x.varying, *places.varying)):
+        return propagation.freeze_inputs(node, "pixels of a labelled dim are mixed")
+    met = combined(propagation, node, [x, places], x.shape)
+    return Labels(shape=node.meta["shape"], ids=met.ids)
+
+
+@rule("local_response_norm")
+def normalise_neighbours(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Which channels are neighbours would depend on the choice."""
+    return propagation.freeze_inputs(node, "each channel is divided by a sum over its neighbours: all stay")
 
 
 @rule(

@@ -7,7 +7,8 @@ import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed, fixed
-from fxslim.graph.propagation import Propagation, rule
+from fxslim.graph.propagation import Propagation, combined, rule
+from fxslim.graph.slots import LayerCall
 
 UNCLEAR = "matrix product of activations along different channels"
 
@@ -27,13 +28,14 @@ def multiply_and_add_batches(propagation: Propagation, node: fx.Node) -> Labels 
         return propagation.freeze_inputs(node, UNCLEAR)
     if node.kwargs.get("beta", 1) == 0:
         return result
-    return propagation.combine(node, [result, added], node.meta["shape"])
+    return combined(propagation, node, [result, added], node.meta["shape"])
 
 
 def multiply_activations(propagation: Propagation, node: fx.Node, left: object, right: object) -> Labels | list[Labels]:
     """Labels of ``left @ right``."""
     a, b = propagation.labels(left), propagation.labels(right)
-    assert a is not None and b is not None
+    if a is None or b is None:
+        return propagation.freeze_inputs(node, UNCLEAR)
     if not a.labelled and not b.labelled:
         _count(propagation, node, a, b, None)
         return fixed(node.meta["shape"])
@@ -83,6 +85,11 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
 
 
 def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, heads: Ids | None) -> None:
-    """Multiply-adds of one product."""
-    macs = math.prod(a.shape) * b.shape[-1]
-    propagation.count_product(node, macs, heads)
+    """Multiply-adds of one product; they shrink with the heads."""
+    macs = math.prod(a.shape) * b.shape[-1] // max(propagation.batch, 1)
+    factors: tuple[tuple[str, int], ...] = ()
+    if heads is not None and heads.size > 1:
+        label = heads[0]
+        factors = tuple(key for key, slot in propagation.slots.items() if label in slot.ids)[:1]
+    name = node.meta["module"] or "the model's forward"
+    propagation.calls.append(LayerCall(name=name, macs=macs, factors=factors))

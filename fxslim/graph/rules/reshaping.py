@@ -2,13 +2,24 @@
 """Views that merge and split dims; a split decides which of the new dims shrinks."""
 
 import math
+import operator
 
 import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed
-from fxslim.graph.propagation import Propagation, Reshape, rule
-from fxslim.graph.rules.sizes import ATTRIBUTE, OWN, check_unlabelled, follow_count, shown_sizes, size_given, size_kind
+from fxslim.graph.propagation import Propagation, Reshape, operator_name, rule
+from fxslim.graph.rules.sizes import (
+    ATTRIBUTE,
+    LITERAL,
+    OWN,
+    balance_counts,
+    check_unlabelled,
+    follow_count,
+    shown_sizes,
+    size_given,
+    size_kind,
+)
 
 
 @rule("unsqueeze", "squeeze", "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
@@ -48,17 +59,49 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     """The new dim that shrinks (None if all are fixed), and the labels then."""
     varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
     kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
-    dim = next((d for d in varying if kinds[d] == OWN), None)
-    if dim is None:
-        dim = next((d for d in reversed(varying) if kinds[d] == ATTRIBUTE), None)
+    if len(varying) > 1 and feeds_attention(node):
+        # Whole heads: the dim before the width of a head.
+        dim = next((d for d in varying[:-1] if kinds[d] != LITERAL), None)
+    else:
+        dim = next((d for d in varying if kinds[d] == OWN), None)
+        if dim is None:
+            dim = next((d for d in reversed(varying) if kinds[d] == ATTRIBUTE), None)
     elsewhere = any(size > 1 for d, size in enumerate(ids.shape) if d not in new)
     if dim is None or (len(varying) > 1 and (elsewhere or not _knows_sizes(node))):
         return None, ids
     line = np.moveaxis(ids, new, range(-len(new), 0)).reshape(-1, math.prod(ids.shape[d] for d in new))[0]
     parts = math.prod(ids.shape[d] for d in new if d != dim)
     follow_count(propagation, node, size_given(node, dim), line, parts=parts)
-    check_unlabelled(propagation, node, [d for d in new if d != dim])
+    for d in new:
+        if d != dim:
+            nothing = line[:0]
+            balance_counts(propagation, node, size_given(node, d), line)
+            follow_count(propagation, node, size_given(node, d), nothing, static=node.meta["shape"][d])
     return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
+
+
+# What lies between the view that makes heads and the product of queries and keys.
+BETWEEN = frozenset(
+    """
+    permute transpose unbind getitem select slice squeeze unsqueeze clone contiguous expand mul div add neg cat
+    _unsafe_view view reshape split split_with_sizes native_layer_norm rms_norm alias detach linalg_vector_norm
+    clamp_min repeat_interleave index_select _to_copy copy stack flatten where
+    """.split()
+)
+
+
+def feeds_attention(node: fx.Node) -> bool:
+    """Whether a product of two activations comes soon after a view."""
+    waiting, seen = [node], {node}
+    while waiting and len(seen) < 100:
+        for user in waiting.pop().users:
+            name = "getitem" if user.target is operator.getitem else operator_name(user)
+            if name in ("bmm", "baddbmm"):
+                return True
+            if name in BETWEEN and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _knows_sizes(node: fx.Node) -> bool:

@@ -54,13 +54,18 @@ def follow_count(
     """A size must be the kept entries of ``line`` over ``parts``; other channels that it reads keep equal counts."""
     if not isinstance(given, TaggedInt):
         return
+    balance_counts(propagation, node, given, line)
     expression = given.expression
-    for leaf in leaves(expression):
+    propagation.checks.append(SizeCheck(node=node, expression=expression, ids=line, parts=parts, static=static))
+
+
+def balance_counts(propagation: Propagation, node: fx.Node, given: Any, line: Ids) -> None:
+    """Other channels whose number a size reads keep as many entries as ``line``."""
+    for leaf in leaves(given.expression) if isinstance(given, TaggedInt) else ():
         other = channels_of(propagation, leaf) if isinstance(leaf, Extent) else None
         if other is not None and line.size and not np.isin(line, other).any() and line.size % other.size == 0:
             rows = np.concatenate([other[None], line.reshape(-1, other.size)])
             propagation.space.balance(rows, f"a size read at {node.meta['call'].where}")
-    propagation.checks.append(SizeCheck(node=node, expression=expression, ids=line, parts=parts, static=static))
 
 
 def check_unlabelled(propagation: Propagation, node: fx.Node, dims: list[int]) -> None:

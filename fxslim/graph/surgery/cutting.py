@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from fxslim.errors import ConfigError, PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.size_checks import NewAttribute
-from fxslim.graph.surgery.attributes import new_attributes
+from fxslim.graph.surgery.attributes import new_attributes, new_size
 from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.old_graphs import OldGraphs
-
+from fxslim.graph.unweighted_norms import find_unweighted_norms
 
 # Elements that are cut at a time.
 _PIECE = 1 << 20
@@ -37,6 +37,8 @@ class Cut:
     dim: int
     keep: tuple[int, ...]
     blocks: int = 1
+    # What the entries are to the layer, as in Slot: producer, consumer, depthwise, follower.
+    role: str = "follower"
 
 
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
@@ -86,25 +88,34 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 
 
 class Surgery:
-    """New tensors and attributes, computed first; ``commit`` puts them in."""
+    """New tensors and attributes, computed first; ``commit`` puts them in.
+
+    ``values`` are full-size tensors to cut in place of those that the model has, in any dtype.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        cuts: list[Cut],
+        cuts: Sequence[Cut],
         optimizer: Optimizer | None = None,
+        *,
         new_sizes: Sequence[NewAttribute] = (),
+        values: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.states = dict(named_states(model))
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
             by_name.setdefault(cut.name, []).append(cut)
+        sizes = {name: by_name.pop(name) for name in list(by_name) if name not in self.states}
+        given = {name: value.to(self.states[name].dtype) for name, value in (values or {}).items()}
+        full = self.states | given
         self.optimizer_tensors = _cut_optimizer(optimizer, self.states, by_name) if optimizer is not None else []
-        self.tensors = {name: cut_tensor(self.states[name], mine) for name, mine in by_name.items()}
-        grads = {name: grad for name in by_name if (grad := self.states[name].grad) is not None}
-        self.grads = {name: cut_tensor(grad, by_name[name]) for name, grad in grads.items()}
-        self.attributes = [*self._attributes(model), *_user_attributes(model, new_sizes)]
-        self.old_graphs = OldGraphs({name: self.states[name] for name in by_name})
+        self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in by_name | given}
+        grads = {name: grad for name in self.tensors if (grad := self.states[name].grad) is not None}
+        self.grads = {name: cut_tensor(grad, by_name.get(name, [])) for name, grad in grads.items()}
+        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
+        self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
+        self.old_graphs = OldGraphs({name: self.states[name] for name in self.tensors})
 
     def _attributes(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         new = {id(self.states[name]): tensor for name, tensor in self.tensors.items()}
@@ -122,6 +133,9 @@ class Surgery:
             changes.replace_data(self.states[name], tensor, self.grads.get(name))
         for module, key, value in self.attributes:
             changes.set_attribute(module, key, value)
+        for layer in self.recurrent:
+            # On a GPU its weights must lie in one piece of memory; the parameters bring their old pieces back.
+            changes.make(layer.flatten_parameters, _nothing)
         for kept, key, tensor in self.optimizer_tensors:
             changes.set_item(kept, key, tensor)
 
@@ -189,3 +203,18 @@ def _size_in(value: Any, item: int | None) -> Any:
     if item is None:
         return value
     return value[item] if isinstance(value, tuple | list) and item < len(value) else None
+
+
+def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
+    """New sizes of norms that have no parameters to cut."""
+    norms = {name: (module, attribute) for name, module, attribute in find_unweighted_norms(model)}
+    changes = []
+    for name, mine in cuts.items():
+        module, attribute = norms[name]
+        kept = {cut.dim: len(cut.keep) for cut in mine}
+        changes.append((module, attribute, new_size(getattr(module, attribute), kept)))
+    return changes
+
+
+def _nothing() -> None:
+    """There is nothing to take back."""

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Removed channels as zeros in the full-size model: which entries they are, and norms that leave them out."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from fxslim.graph.recording import named_states
+from fxslim.graph.surgery.cutting import Cut
+from fxslim.graph.unweighted_norms import find_unweighted_norms
+
+
+def removed_entries(cut: Cut, shape: tuple[int, ...]) -> Tensor:
+    """True where a tensor of this shape loses entries; of its rank, so that it broadcasts to it.
+
+    >>> removed_entries(Cut(name="conv.weight", dim=0, keep=(0, 2)), (3, 1)).flatten()
+    tensor([False,  True, False])
+    """
+    gone = torch.ones(cut.blocks * shape[cut.dim], dtype=torch.bool)
+    gone[list(cut.keep)] = False
+    if cut.blocks > 1:
+        # Each block of output channels reads inputs of its own.
+        gone = gone.view(cut.blocks, shape[1]).repeat_interleave(shape[0] // cut.blocks, 0)
+        return gone.view(shape[0], shape[1], *[1] * (len(shape) - 2))
+    return gone.view([-1 if d == cut.dim else 1 for d in range(len(shape))])
+
+
+def silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
+    """Set every entry that the cuts remove to 0."""
+    states = dict(named_states(model))
+    with torch.no_grad():
+        for cut in cuts:
+            state = states.get(cut.name)
+            if state is None:
+                # A norm without parameters has no values.
+                continue
+            state.masked_fill_(removed_entries(cut, tuple(state.shape)).to(state.device), 0)
+
+
+class NormsOverKept(TorchFunctionMode):
+    """Norms whose weight is cut average over the kept channels only, as they will in the pruned model.
+
+    A norm without a weight is known by its module, which hooks tell while the mode is on.
+    """
+
+    FUNCTIONS = ("layer_norm", "rms_norm", "group_norm")
+
+    def __init__(self, model: nn.Module, cuts: Iterable[Cut]) -> None:
+        super().__init__()
+        known: dict[str, object] = dict(named_states(model))
+        known |= {name: module for name, module, size in find_unweighted_norms(model) if size != "num_features"}
+        self.kept = {id(known[cut.name]): (cut.dim, torch.tensor(cut.keep)) for cut in cuts if cut.name in known}
+        self.modules = [m for m in known.values() if isinstance(m, nn.Module) and id(m) in self.kept]
+        self.inside: list[nn.Module] = []
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        def leave(*_: Any) -> None:
+            self.inside.pop()
+
+        for module in self.modules:
+            self.handles.append(module.register_forward_pre_hook(lambda m, _: self.inside.append(m)))
+            self.handles.append(module.register_forward_hook(leave, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name not in self.FUNCTIONS:
+            return func(*args, **kwargs)
+        x, groups_or_shape = args[0], args[1]
+        weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+        found = self.kept.get(id(self.inside[-1] if weight is None and self.inside else weight))
+        if found is None:
+            return func(*args, **kwargs)
+        in_weight, index = found[0], found[1].to(x.device)
+        rank = 1 if name == "group_norm" else len(groups_or_shape)
+        dim = 1 if name == "group_norm" else x.dim() - rank + in_weight
+        part = x.index_select(dim, index)
+        second = groups_or_shape if name == "group_norm" else part.shape[x.dim() - rank :]
+
+        def cut(value: Any) -> Any:
+            return value.index_select(in_weight, index) if isinstance(value, Tensor) else value
+
+        rest, named = [cut(value) for value in args[2:]], {key: cut(value) for key, value in kwargs.items()}
+        return torch.zeros_like(x).index_copy(dim, index, func(part, second, *rest, **named))
