@@ -15,9 +15,10 @@ def plan_from_dict(data: Any) -> PruningPlan:
     """The plan that a plan's ``to_dict`` wrote."""
     if not isinstance(data, dict) or "kind" not in data:
         raise CheckpointError("this is no plan of fxslim: it has no 'kind'")
-    if data["kind"] not in _KINDS:
-        raise CheckpointError(unknown_name("kind of plan", str(data["kind"]), _KINDS))
-    return _KINDS[data["kind"]].from_dict(data)
+    kind = str(data["kind"])
+    if kind not in _KINDS:
+        raise CheckpointError(unknown_name("kind of plan", kind, _KINDS))
+    return _KINDS[kind].from_dict(data)
 
 
 def load_plan(path: str | Path) -> PruningPlan:
@@ -25,7 +26,7 @@ def load_plan(path: str | Path) -> PruningPlan:
     path = Path(path)
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as a plan: {type(error).__name__}: {error}") from error
     try:
         return plan_from_dict(data)

@@ -5,18 +5,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import fxslim.graph.rules as _registered  # noqa: F401
-from fxslim.errors import ConfigError, TraceError, UnsupportedLayerError, unknown_name
+from fxslim.errors import ConfigError, TraceError, unknown_name
 from fxslim.graph.cost import Cost
 from fxslim.graph.groups import ChannelGroup, ResolvedLabels
 from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.propagation import Conflict
 from fxslim.graph.recording import Recording, record
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.settling import Arranger, settle
 from fxslim.graph.slots import owner
 
@@ -118,9 +118,12 @@ def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
     0: 8 channels | makes 0.weight[0] | reads 2.weight[1] | with 0.bias[0]
     """
     refuse_wrapped(model)
+    model = without_compile_wrapper(model)
     examples = as_inputs(inputs)
-    recordings = [record(model, example) for example in examples]
-    notes = _record_training(model, recordings, examples[0])
+    # Under inference_mode nothing would be recorded.
+    with torch.inference_mode(False):
+        recordings = [record(model, example) for example in examples]
+        notes = _record_training(model, recordings, examples[0])
     return _graph_of(model, settle(model, recordings), tuple(notes))
 
 
@@ -172,28 +175,3 @@ def _asks_for_training(model: nn.Module) -> bool:
     }
     functions = [f for kind in kinds for f in vars(kind).values() if hasattr(f, "__code__")]
     return any("training" in function.__code__.co_names for function in functions)
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise for wrappers whose parameters can not be replaced under them, and for layers that have none yet."""
-    for name, state in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(state):
-            raise UnsupportedLayerError(
-                f"{owner(name) or type(model).__name__}: {name} has no shape yet, since it is lazy: "
-                "call the model once on an example input first"
-            )
-    if (
-        isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        or type(model).__name__ == "FullyShardedDataParallel"
-    ):
-        raise UnsupportedLayerError(f"{type(model).__name__}: apply before wrapping, on the module inside")
-
-
-def kept_entries(graph: ChannelGraph, keep: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    """For each slot that loses entries the indices that stay, given which classes stay."""
-    kept = {}
-    for slot in graph.resolved.slots:
-        stays = keep[graph.resolved.of(slot)]
-        if not stays.all():
-            kept[slot.key] = np.flatnonzero(stays)
-    return kept

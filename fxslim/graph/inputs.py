@@ -26,6 +26,11 @@ class Inputs:
         """The model's outputs for these inputs."""
         return model(*self.args, **self.kwargs)
 
+    @property
+    def have_values(self) -> bool:
+        """Whether no tensor is on the meta device."""
+        return not any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((self.args, self.kwargs)))
+
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same with every tensor changed by a function."""
 

@@ -8,6 +8,7 @@ changed: mode, buffers and random state are restored.
 
 import contextlib
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxslim.errors import TraceError
 from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
 from fxslim.graph.inputs import Inputs, output_tensors
+from fxslim.graph.model_state import ModelState
 
 
 class _Recorder(TorchDispatchMode):
@@ -122,33 +124,29 @@ def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if not key.startswith("_")}
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set train or eval mode; afterwards modes, buffers, attributes and random state are as they were."""
+    before = ModelState(model)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.train(training)
+        with torch.random.fork_rng(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _eager():
+            yield
+    finally:
+        before.restore()
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set train or eval mode; afterwards modes, buffers and random state are as they were."""
-    plain = [
-        (m, {k: v for k, v in vars(m).items() if not k.startswith("_")}, dict(m._buffers)) for m in model.modules()
-    ]
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        model.train(training)
-        with torch.random.fork_rng(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, attributes, buffers in plain:
-            for key in [k for k in vars(module) if not k.startswith("_") and k not in attributes]:
-                del module.__dict__[key]
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, before in saved:
-                buffer.copy_(before)
+def _eager() -> Iterator[None]:
+    """The model's own code in its own dtypes: no compiled modules, no autocast that is on outside of the model."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextlib.contextmanager

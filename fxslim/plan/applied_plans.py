@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which plans were applied to a model, and whether a plan fits one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from fxslim.errors import PlanError
 from fxslim.graph.recording import named_states
+from fxslim.graph.surgery.changes import Changes
 
 _ATTRIBUTE = "_fxslim_plans"
 _PREFIXES = ("module.", "_orig_mod.")
@@ -18,15 +19,9 @@ def applied(model: nn.Module) -> list[Any]:
     return list(getattr(model, _ATTRIBUTE, ()))
 
 
-def remember_plan(model: nn.Module, plan: Any) -> None:
+def remember_plan(model: nn.Module, plan: Any, changes: Changes) -> None:
     """Note that a plan was applied."""
-    setattr(model, _ATTRIBUTE, [*applied(model), plan])
-
-
-def forget_plans(model: nn.Module) -> None:
-    """As if no plan had been applied."""
-    if hasattr(model, _ATTRIBUTE):
-        delattr(model, _ATTRIBUTE)
+    changes.set_attribute(model, _ATTRIBUTE, [*applied(model), plan])
 
 
 def plain_name(name: str) -> str:
@@ -40,16 +35,45 @@ def plain_name(name: str) -> str:
     return name
 
 
-def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise unless the model has exactly the states that a plan was made for; names the first that differs."""
-    found = {plain_name(name): tuple(state.shape) for name, state in named_states(model)}
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name without prefixes of wrappers; as it is where two would become the same.
+
+    >>> plain_names(["module.weight", "module.bias"])
+    {'module.weight': 'weight', 'module.bias': 'bias'}
+    >>> plain_names(["module.weight", "weight"])
+    {'module.weight': 'module.weight', 'weight': 'weight'}
+    """
+    plain = {name: plain_name(name) for name in names}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
+
+
+def names_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The model's own name of each state that a plan knows.
+
+    Raises unless the model has exactly the states that the plan was made for; names the first that differs.
+    Prefixes of wrappers may differ.
+    """
+    found = {name: tuple(state.shape) for name, state in named_states(model)}
+    if found.keys() == shapes.keys():
+        own = {name: name for name in shapes}
+    else:
+        by_plain_name = {plain: name for name, plain in plain_names(found).items()}
+        own = {name: by_plain_name.get(plain, "") for name, plain in plain_names(shapes).items()}
     for name, shape in shapes.items():
-        if name not in found:
-            raise PlanError(f"the plan does not fit this model: it has no {name}, which the plan knows as {shape}")
-        if found[name] != tuple(shape):
+        if not own[name]:
             raise PlanError(
-                f"the plan does not fit this model: {name} is {found[name]}, the plan was made for {tuple(shape)}"
+                f"the plan does not fit this model: it has no {name}, which the plan knows as {tuple(shape)}; "
+                "apply a plan to the model that it was made for"
             )
-    for name in found:
-        if name not in shapes:
-            raise PlanError(f"the plan does not fit this model: the plan does not know {name} {found[name]}")
+        if found[own[name]] != tuple(shape):
+            raise PlanError(
+                f"the plan does not fit this model: {name} is {found[own[name]]}, "
+                f"the plan was made for {tuple(shape)}; "
+                "apply a plan once, to a model of the shapes that it was made for"
+            )
+    for unknown in sorted(found.keys() - own.values()):
+        raise PlanError(
+            f"the plan does not fit this model: the plan does not know {unknown} {found[unknown]}; "
+            "apply a plan to the model that it was made for"
+        )
+    return own

@@ -24,10 +24,10 @@ def pack_ranges(indices: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def unpack_ranges(text: str) -> tuple[int, ...]:
-    """The indices of a text that ``pack_ranges`` wrote.
+def unpack_ranges(text: str, size: int) -> tuple[int, ...]:
+    """The indices, below ``size``, of a text that ``pack_ranges`` wrote.
 
-    >>> unpack_ranges("0-3,7")
+    >>> unpack_ranges("0-3,7", 8)
     (0, 1, 2, 3, 7)
     """
     indices: list[int] = []
@@ -35,6 +35,8 @@ def unpack_ranges(text: str) -> tuple[int, ...]:
         first, _, last = part.partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()):
             raise PlanError(f"kept indices {text!r} are not ranges such as '0-3,7'")
+        if not int(first) <= int(last or first) < size:
+            raise PlanError(f"kept indices {text!r} are not between 0 and {size - 1}")
         indices += range(int(first), int(last or first) + 1)
     if len(indices) != len(set(indices)):
         raise PlanError(f"kept indices {text!r} name an index twice")

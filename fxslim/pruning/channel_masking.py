@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fxslim.graph.recording import named_states
@@ -77,6 +78,11 @@ class ChannelMask:
             for key in [key for key, hook in hooks.items() if isinstance(hook, MutedGradient)]:
                 del hooks[key]
 
+    def attach_again(self, model: nn.Module) -> None:
+        """Undo a ``detach``, even one that stopped half-way."""
+        self.detach(model)
+        self.attach(model)
+
     def enforce(self, model: nn.Module) -> None:
         """Zero the entries, by ``.data`` so that a graph that is still to be walked backward stays valid."""
         states = dict(named_states(model))
@@ -129,7 +135,7 @@ def unmasked_copy(model: nn.Module) -> nn.Module:
 
     Attributes that hang in an autograd graph, such as weight norm's weight, are copied by value.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    attributes = [value for module in model.modules() for value in tree_leaves(vars(module))]
     inner = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     result = copy.deepcopy(model, {id(value): value.detach().clone() for value in inner})
     mask = mask_of(result)

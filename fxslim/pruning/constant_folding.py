@@ -22,7 +22,7 @@ from fxslim.graph.propagation import operator_name
 from fxslim.graph.recording import Recording, named_states, undisturbed
 from fxslim.graph.slots import entry_sums
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.channel_masking import unmasked_copy
+from fxslim.pruning.double_precision import double_copy
 from fxslim.pruning.silencing import removed_entries, silence
 
 # How far a constant may be from constant, in float64: upsampling rounds.
@@ -167,7 +167,7 @@ def _target(node: fx.Node, outputs: list[fx.Node]) -> str | None:
 
 def silenced_twin(model: nn.Module, zeros: Iterable[Cut]) -> nn.Module:
     """A copy in float64, free of masks, with these entries at 0."""
-    twin = unmasked_copy(model).double()
+    twin = double_copy(model)
     silence(twin, zeros)
     return twin
 

@@ -52,6 +52,12 @@ class Sums:
         return self._magnitudes(self.state).sum(others).numpy()
 
 
+def _with_values(name: str, state: Tensor) -> Tensor:
+    if state.is_meta:
+        raise ConfigError(f"importance needs values, but {name} is on the meta device: use importance='random'")
+    return state
+
+
 def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndarray:
     """Per class: the mean over its weights of its share there (1 = average), so that layers of any size count alike."""
     states, classes = dict(named_states(model)), graph.resolved.classes
@@ -61,9 +67,14 @@ def _norm_scores(graph: ChannelGraph, model: nn.Module, order: float) -> np.ndar
         if slot.role != "follower" and slot.ids.any():
             by_name.setdefault(slot.name, []).append(slot)
     for name, slots in by_name.items():
-        sums = Sums(states[name], order, max(slot.blocks for slot in slots))
+        sums = Sums(_with_values(name, states[name]), order, max(slot.blocks for slot in slots))
         for slot in slots:
             values = sums.of(slot)
+            if not np.isfinite(values).all():
+                raise ConfigError(
+                    f"importance needs finite values, but {name} has NaN or infinity in "
+                    f"{int((~np.isfinite(values)).sum())} of {len(values)} channels: mend the weights or use 'random'"
+                )
             mean = values.mean()
             np.add.at(total, graph.resolved.of(slot), values / mean if mean > 0 else values)
             np.add.at(count, graph.resolved.of(slot), 1)
@@ -77,7 +88,7 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
     for slot in graph.resolved.slots:
         layer, _, attribute = slot.name.rpartition(".")
         if layer in norms and attribute == "weight":
-            np.add.at(total, graph.resolved.of(slot), Sums(states[slot.name], 1.0).of(slot))
+            np.add.at(total, graph.resolved.of(slot), Sums(_with_values(slot.name, states[slot.name]), 1.0).of(slot))
             np.add.at(count, graph.resolved.of(slot), 1)
     for group in graph.groups:
         if not count[group.channels].all():
@@ -88,6 +99,8 @@ def _bn_scores(graph: ChannelGraph, model: nn.Module) -> np.ndarray:
 
 
 def _random_scores(graph: ChannelGraph, seed: int) -> np.ndarray:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be an integer of at least 0")
     return np.random.default_rng(seed).random(len(graph.resolved.classes))
 
 

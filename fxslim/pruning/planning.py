@@ -2,6 +2,7 @@
 """``plan_pruning`` decides which channels go; ``prune`` decides and applies."""
 
 import fnmatch
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
+from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals
@@ -44,8 +46,9 @@ def plan_pruning(
     params: 516 -> 260 (50.4% kept)
     """
     for name, value in (("ratio", ratio), ("max_ratio", max_ratio)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+    model = without_compile_wrapper(model)
     graph = trace(model, inputs)
     while True:
         if not graph.groups and ratio > 0:
@@ -86,10 +89,13 @@ def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) 
 def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
     """The plan that keeps these classes of the graph, in this arrangement, and removes all others."""
     cuts, shares = [], {}
+    # A norm's parameters and the layers around it keep the same entries: one tuple for all of them.
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     for slot in graph.resolved.slots:
         stays = kept[graph.resolved.of(slot)]
         if not stays.all():
             keep = arrangement.orders.get(slot.key) or tuple(np.flatnonzero(stays).tolist())
+            keep = shared.setdefault(keep, keep)
             cuts.append(Cut(name=slot.name, dim=slot.dim, keep=keep, blocks=slot.blocks, role=slot.role))
             shares[slot.key] = len(keep) / len(slot.ids)
     rows = [

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,19 +13,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.errors import CheckpointError, FxslimError, PlanError, TraceError
-from fxslim.graph.channel_graph import refuse_wrapped
+from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
+from fxslim.graph.model_state import ModelState
 from fxslim.graph.recording import named_states, undisturbed
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.size_checks import NewAttribute
+from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
-from fxslim.graph.tagged_sizes import Attribute
 from fxslim.graph.unweighted_norms import find_unweighted_norms
-from fxslim.plan.applied_plans import check_fits, plain_name, remember_plan
-from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
+from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
+from fxslim.plan.file_writing import write_file
 from fxslim.pruning.channel_masking import ChannelMask, mask_of
 from fxslim.pruning.constant_folding import Fold, folded_values
 from fxslim.pruning.example_shapes import describe_inputs, described_inputs
+from fxslim.pruning.plan_fields import pack_cuts, unpack_cuts, unpack_folds, unpack_sizes
 from fxslim.pruning.verification import Verification, verify_cuts
 from fxslim.pruning.weight_masks import WeightMasks
 
@@ -115,12 +117,54 @@ class PruningPlan:
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
         """Remove the channels, in place; returns the model. After any error the model is as it was.
 
+        Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training goes on. Losses that
+        were computed before can't be walked backward any more.
         ``values=False`` changes shapes only and leaves the values to a state dict: constants are not folded.
         A mask of this plan is taken away with its channels.
         """
-        self.cut_model(model, optimizer, values=values)
-        remember_plan(model, self)
-        return model
+        changes = Changes()
+        try:
+            self.change_model(model, changes, optimizer, values=values)
+            return model
+        except BaseException:
+            changes.undo()
+            raise
+
+    def change_model(
+        self, model: nn.Module, changes: Changes, optimizer: Optimizer | None = None, *, values: bool = True
+    ) -> None:
+        """Cut the model, try its forward and note the plan; the caller takes ``changes`` back after an error."""
+        model, names = self._names_in(model)
+        cuts, mask = _renamed(self.cuts, names), self._own_mask(model, names)
+        with torch.inference_mode(False):
+            changes.on_undo(ModelState(model).restore)
+            folded = self._folded(model, names) if values else None
+            surgery = Surgery(model, cuts, optimizer, new_sizes=self.new_sizes, values=folded)
+            if mask is not None:
+                changes.make(functools.partial(mask.detach, model), functools.partial(mask.attach_again, model))
+            surgery.commit(changes)
+            self._try_forwards(model, changes)
+            remember_plan(model, self, changes)
+            surgery.close_old_graphs(changes)
+
+    def _try_forwards(self, model: nn.Module, changes: Changes) -> None:
+        """Run the model on the plan's example inputs; one that fails uncut too is not the plan's fault."""
+        has_values = not any(parameter.is_meta for parameter in model.parameters())
+        for inputs in self.inputs:
+            failure = _failure(model, inputs) if has_values and inputs.have_values else None
+            if failure is None:
+                continue
+            changes.undo()
+            uncut = _failure(model, inputs)
+            if uncut is not None:
+                raise TraceError(
+                    f"the model's own forward fails on the plan's example inputs {inputs} (nothing was changed): "
+                    f"{type(uncut).__name__}: {uncut}"
+                ) from uncut
+            raise PlanError(
+                f"the pruned model's forward failed ({type(failure).__name__}: {failure}); it reads a size that is "
+                "written as a number. Nothing was changed. Name the layers around it in skip="
+            ) from failure
 
     def mask(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
         """Hold what the plan removes at 0 while the model trains; ``apply`` removes it later. Returns the model.
@@ -131,41 +175,45 @@ class PruningPlan:
         forward too. The mask itself is no part of the state: mask a model again after its state was loaded.
         Only the model's own forward is masked, not one of its submodules called alone.
         """
-        states = self._checked_states(model)
-        mask = self._own_mask(model)
+        inner, names = self._names_in(model)
+        mask = self._own_mask(inner, names)
         if mask is None:
-            for name, value in self._folded(model).items():
+            states = dict(named_states(inner))
+            for name, value in self._folded(inner, names).items():
                 states[name].data.copy_(value)
-            mask = ChannelMask(model, tuple(self._named_for(model)))
-            mask.attach(model)
+            mask = ChannelMask(inner, tuple(_renamed(self.cuts, names)))
+            mask.attach(inner)
         if optimizer is not None:
-            mask.mute_optimizer(model, optimizer)
+            mask.mute_optimizer(inner, optimizer)
         return model
 
     def unmask(self, model: nn.Module) -> nn.Module:
         """Take the mask away; entries that were masked start from 0. Returns the model."""
-        self._checked_states(model)
-        mask = self._own_mask(model)
+        inner, names = self._names_in(model)
+        mask = self._own_mask(inner, names)
         if mask is None:
             raise PlanError("the model is not masked: call plan.mask(model) first")
-        mask.detach(model)
+        mask.detach(inner)
         return model
 
-    def _checked_states(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def _names_in(self, model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+        """The model inside of a compile wrapper, and its own names of everything that the plan knows."""
         refuse_wrapped(model)
-        check_fits(model, self.shapes)
-        return dict(named_states(model))
+        model = without_compile_wrapper(model)
+        norms = [name for name, _, _ in find_unweighted_norms(model)]
+        own = {name: name for name in norms} | {plain_name(name): name for name in norms}
+        return model, own | names_in(model, self.shapes)
 
-    def _own_mask(self, model: nn.Module) -> ChannelMask | None:
+    def _own_mask(self, model: nn.Module, names: Mapping[str, str]) -> ChannelMask | None:
         """The mask of this plan on a model; another plan's is refused."""
         mask = mask_of(model)
-        if mask is not None and mask.cuts != tuple(self._named_for(model)):
+        if mask is not None and mask.cuts != tuple(_renamed(self.cuts, names)):
             raise PlanError(
                 "the model is masked by another plan: apply that one, or take it away with its unmask(model)"
             )
         return mask
 
-    def _folded(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def _folded(self, model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
         if self.zeros is None:
             return {}
         if not self.inputs:
@@ -173,91 +221,29 @@ class PruningPlan:
                 "the plan was made from masks and has no example inputs, which are needed to find the constants that "
                 "masked channels give: make it again with from_masks, or apply it with values=False and load a state"
             )
-        names = {plain_name(name): name for name, _ in named_states(model)}
         folds = [Fold(weight=names[fold.weight], into=names[fold.into]) for fold in self.folds]
-        return folded_values(model, self._named_for(model), _renamed(self.zeros, model), folds, self.inputs)
-
-    def cut_model(self, model: nn.Module, optimizer: Optimizer | None = None, *, values: bool = True) -> Surgery:
-        """Cut the model and try its forward; returns what can undo it."""
-        self._checked_states(model)
-        mask = self._own_mask(model)
-        surgery = Surgery(
-            model,
-            self._named_for(model),
-            optimizer,
-            new_sizes=self.new_sizes,
-            values=self._folded(model) if values else None,
-        )
-        if mask is not None:
-            mask.detach(model)
-            surgery.undo_steps.append(functools.partial(mask.attach, model))
-        try:
-            surgery.commit()
-            for inputs in self.inputs:
-                self._try_forward(model, inputs)
-        except BaseException as error:
-            surgery.undo()
-            if isinstance(error, PlanError) and self.inputs:
-                self._check_whole_model_runs(model)
-            raise
-        return surgery
-
-    def _check_whole_model_runs(self, model: nn.Module) -> None:
-        """A model that fails uncut too (another device or dtype than the inputs) is not the plan's fault."""
-        try:
-            with undisturbed(model, training=False), torch.no_grad():
-                self.inputs[0].copied().run(model)
-        except Exception as error:
-            raise TraceError(
-                f"the model's own forward fails on the plan's example inputs {self.inputs[0]} (nothing was changed): "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def _named_for(self, model: nn.Module) -> list[Cut]:
-        """The cuts with the model's own names, which may have a wrapper's prefix."""
-        known = [name for name, _ in named_states(model)] + [name for name, _, _ in find_unweighted_norms(model)]
-        names = {plain_name(name): name for name in known}
-        return [dataclasses.replace(cut, name=names[cut.name]) for cut in self.cuts]
-
-    @staticmethod
-    def _try_forward(model: nn.Module, inputs: Inputs) -> None:
-        parameter = next(model.parameters(), None)
-        if parameter is not None and parameter.device.type == "meta":
-            return
-        try:
-            with undisturbed(model, training=False), torch.no_grad():
-                inputs.copied().run(model)
-        except FxslimError:
-            raise
-        except Exception as error:
-            raise PlanError(
-                f"the pruned model's forward failed ({type(error).__name__}: {error}); it reads a size that is "
-                "written as a number. Nothing was changed. Name the layers around it in skip="
-            ) from error
+        return folded_values(model, _renamed(self.cuts, names), _renamed(self.zeros, names), folds, self.inputs)
 
     def verify(self, model: nn.Module, inputs: Any) -> Verification:
         """Prove that the pruned model computes what the model computes with the removed channels silenced.
 
         A plan made from masks: what the model computes with the masked entries at 0.
         """
-        check_fits(model, self.shapes)
-        if self.zeros is None:
-            return verify_cuts(model, self._named_for(model), inputs, new_sizes=self.new_sizes)
-        return verify_cuts(
-            model,
-            self._named_for(model),
-            inputs,
-            new_sizes=self.new_sizes,
-            zeros=_renamed(self.zeros, model),
-            values=self._folded(model),
-        )
+        model, names = self._names_in(model)
+        with torch.inference_mode(False):
+            return verify_cuts(
+                model,
+                _renamed(self.cuts, names),
+                inputs,
+                new_sizes=self.new_sizes,
+                zeros=None if self.zeros is None else _renamed(self.zeros, names),
+                values=self._folded(model, names),
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.replace(path)
+        text = json.dumps(self.to_dict(), indent=1)
+        write_file(path, lambda temporary: temporary.write_text(text))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -265,7 +251,7 @@ class PruningPlan:
             "kind": KIND,
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "cuts": _packed(self.cuts),
+            "cuts": pack_cuts(self.cuts),
             "new_sizes": [
                 [n.attribute.module, n.attribute.name, n.attribute.item, n.before, n.after] for n in self.new_sizes
             ],
@@ -276,7 +262,7 @@ class PruningPlan:
         }
         if self.zeros is not None:
             data["masks"] = {
-                "zeros": _packed(self.zeros),
+                "zeros": pack_cuts(self.zeros),
                 "folds": [[fold.weight, fold.into] for fold in self.folds],
                 "inputs": describe_inputs(self.inputs),
             }
@@ -292,23 +278,23 @@ class PruningPlan:
             )
         try:
             masks = data.get("masks")
+            shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
             return cls(
-                cuts=_unpacked(data["cuts"]),
-                new_sizes=tuple(
-                    NewAttribute(attribute=Attribute(module=m, name=n, item=i), before=b, after=a)
-                    for m, n, i, b, a in data.get("new_sizes", ())
+                cuts=unpack_cuts(data["cuts"], shapes),
+                new_sizes=unpack_sizes(data.get("new_sizes", ())),
+                shapes=shapes,
+                rows=tuple(
+                    GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]
                 ),
-                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-                rows=tuple(GroupRow(name=n, before=b, after=a, layers=k) for n, b, a, k in data["rows"]),
-                macs=(data["macs"][0], data["macs"][1]),
-                params=(data["params"][0], data["params"][1]),
-                notes=tuple(data.get("notes", ())),
-                zeros=None if masks is None else _unpacked(masks["zeros"]),
-                folds=() if masks is None else tuple(Fold(weight=weight, into=into) for weight, into in masks["folds"]),
+                macs=(int(data["macs"][0]), int(data["macs"][1])),
+                params=(int(data["params"][0]), int(data["params"][1])),
+                notes=tuple(map(str, data.get("notes", ()))),
+                zeros=None if masks is None else unpack_cuts(masks["zeros"], shapes),
+                folds=() if masks is None else unpack_folds(masks["folds"], shapes),
                 inputs=() if masks is None else described_inputs(masks["inputs"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [5])
@@ -323,14 +309,20 @@ class PruningPlan:
         return f"<table><tr><th>group</th><th>before</th><th>after</th></tr>{rows}</table>"
 
 
-def _renamed(cuts: Iterable[Cut], model: nn.Module) -> list[Cut]:
-    names = {plain_name(name): name for name, _ in named_states(model)}
+def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What a forward raises, if anything."""
+    try:
+        with undisturbed(model, training=False), torch.no_grad():
+            inputs.copied().run(model)
+    except Exception as error:
+        return error
+    return None
+
+
+def _renamed(cuts: Iterable[Cut], names: Mapping[str, str]) -> list[Cut]:
+    """Cuts with a model's own names, which may have a wrapper's prefix."""
+    cuts = list(cuts)
+    for cut in cuts:
+        if cut.name not in names:
+            raise PlanError(f"the plan does not fit this model: it has no {cut.name}, which the plan cuts")
     return [dataclasses.replace(cut, name=names[cut.name]) for cut in cuts]
-
-
-def _packed(cuts: Iterable[Cut]) -> list[list[Any]]:
-    return [[c.name, c.dim, c.blocks, pack_ranges(c.keep), c.role] for c in cuts]
-
-
-def _unpacked(data: Any) -> tuple[Cut, ...]:
-    return tuple(Cut(name=n, dim=d, blocks=b, keep=unpack_ranges(keep), role=role) for n, d, b, keep, role in data)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxslim.errors import TraceError
 from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import undisturbed
 from fxslim.graph.size_checks import NewAttribute
+from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
-from fxslim.pruning.channel_masking import unmasked_copy
+from fxslim.pruning.double_precision import double_copy, in_double
 from fxslim.pruning.silencing import NormsOverKept, silence
 
 # Relative to the largest output of the twin.
@@ -42,10 +44,20 @@ class Verification:
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in float64, in eval mode and without gradient."""
-    with undisturbed(model, training=False), torch.no_grad():
+    with undisturbed(model, training=False), torch.no_grad(), in_double():
         leaves = output_tensors(inputs.copied().run(model))
     leaves = [torch.view_as_real(value) if value.is_complex() else value for value in leaves]
     return [value.double() for value in leaves]
+
+
+def _whole_outputs(model: nn.Module, wide: Inputs, example: Inputs) -> list[Tensor]:
+    try:
+        return outputs_of(model, wide)
+    except Exception as error:
+        raise TraceError(
+            f"verify compares in float64, and the model's own forward fails there with {example}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _largest(value: Tensor) -> float:
@@ -79,18 +91,17 @@ def verify_cuts(
     ``zeros`` are the entries that are 0 in the twin where these are not all that are cut, as with masks: their
     removal should change nothing, so it need not be visible. ``values`` are put in before the cut.
     """
-    original, twin, pruned = (unmasked_copy(model).double() for _ in range(3))
+    original, twin, pruned = (double_copy(model) for _ in range(3))
     silence(twin, cuts if zeros is None else zeros)
     try:
-        Surgery(pruned, cuts, new_sizes=new_sizes, values=values).commit()
+        Surgery(pruned, cuts, new_sizes=new_sizes, values=values).commit(Changes())
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
     norms = NormsOverKept(twin, cuts if zeros is None else ())
-    worst, relative, effect = 0.0, 0.0, 0.0
-    notes: list[str] = []
+    worst, relative, effect, notes = 0.0, 0.0, 0.0, list[str]()
     for example in as_inputs(inputs):
         wide = example.in_double()
-        whole = outputs_of(original, wide)
+        whole = _whole_outputs(original, wide, example)
         try:
             got = outputs_of(pruned, wide)
         except Exception as error:

@@ -12,7 +12,8 @@ import fxslim
 from fxslim import PlanError, UnsupportedLayerError
 from fxslim.pruning.silencing import removed_entries
 from tests.graph.random_networks import RandomNetwork, randomise
-from tests.pruning.test_pruning import HiddenSize, assert_unchanged, small, snapshot
+from tests.pruning.small_models import assert_unchanged, small, snapshot
+from tests.pruning.test_atomic_apply import HiddenSize
 
 X = torch.randn(2, 3, 16, 16)
 

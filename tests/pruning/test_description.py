@@ -10,8 +10,8 @@ from torch import nn
 import fxslim
 from fxslim import PlanError, PruningPlan
 from tests.graph.random_networks import RandomNetwork
+from tests.pruning.small_models import X, small
 from tests.pruning.test_masks_to_plan import Residual
-from tests.pruning.test_pruning import X, small
 
 TEXT = "-x--xx----------"
 INPUT = torch.randn(2, 3, 10, 10)

@@ -15,7 +15,7 @@ from fxslim.pruning import masks_to_plan
 from fxslim.pruning.weight_masks import mask_weights, masked_entries
 from tests.graph.random_networks import RandomNetwork, randomise
 from tests.pruning.random_masks import random_masks
-from tests.pruning.test_pruning import assert_unchanged, snapshot
+from tests.pruning.small_models import assert_unchanged, snapshot
 
 X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 GONE = [1, 4, 5]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: targets, the table, files, errors; applying: atomic, optimizers, old graphs, wrappers."""
 
-import copy
 import json
 
 import pytest
@@ -10,48 +9,8 @@ from torch import nn
 
 import fxslim
 from fxslim import CheckpointError, ConfigError, PlanError, TraceError, UnsupportedLayerError
-from fxslim.graph.surgery import cutting
-from tests.graph.random_networks import RandomNetwork, randomise
-
-X = torch.randn(2, 3, 16, 16)
-
-
-def small() -> nn.Sequential:
-    torch.manual_seed(0)
-    return randomise(
-        nn.Sequential(
-            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, bias=False), nn.BatchNorm2d(24),
-            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
-        )
-    )  # fmt: skip
-
-
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Everything that must be as before after an error: values, identities, gradients, attributes, state."""
-    states = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    plain = {
-        f"{name}.{key}": copy.copy(value)
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if not key.startswith("_") and not isinstance(value, torch.Tensor)
-    }
-    kept = optimizer.state_dict()["state"] if optimizer else {}
-    return {
-        "values": {n: s.detach().clone() for n, s in states.items()},
-        "identity": {n: id(s) for n, s in states.items()},
-        "grads": {n: None if s.grad is None else s.grad.clone() for n, s in states.items()},
-        "attributes": plain,
-        "optimizer": copy.deepcopy(kept),
-        "plans": len(fxslim.applied(model)),
-    }
-
-
-def assert_unchanged(before: dict, after: dict) -> None:
-    assert before["identity"] == after["identity"]
-    assert before["attributes"] == after["attributes"]
-    assert before["plans"] == after["plans"]
-    for kind in ("values", "grads", "optimizer"):
-        torch.testing.assert_close(after[kind], before[kind], rtol=0, atol=0, equal_nan=True)
+from tests.graph.random_networks import RandomNetwork
+from tests.pruning.small_models import X, assert_unchanged, small, snapshot
 
 
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])
@@ -111,84 +70,6 @@ def test_planning_touches_nothing() -> None:
     assert [m.training for m in model][:2] == [False, True]
 
 
-OPTIMIZERS = [
-    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-    lambda p: torch.optim.Adam(p, 0.01),
-    lambda p: torch.optim.AdamW(p, 0.01),
-]
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS)
-def test_training_goes_on_with_the_same_optimizer(make) -> None:
-    model = small()
-    optimizer = make(model.parameters())
-    for _ in range(3):
-        model(X).square().mean().backward()
-        optimizer.step()
-    old_loss = model(X).square().mean()
-    parameters = list(model.parameters())
-    fxslim.prune(model, X, optimizer=optimizer)
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    for parameter in model.parameters():
-        for key, value in optimizer.state[parameter].items():
-            assert key == "step" or value.shape == parameter.shape
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = model(X).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    del old_loss
-
-
-def test_optimizer_state_is_the_kept_entries() -> None:
-    model = small()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    model(X).sum().backward()
-    optimizer.step()
-    before = optimizer.state[model[0].weight]["momentum_buffer"].clone()
-    plan = fxslim.plan_pruning(model, X)
-    plan.apply(model, optimizer=optimizer)
-    (cut,) = [c for c in plan.cuts if c.name == "0.weight"]
-    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], before[list(cut.keep)])
-
-
-def test_state_of_another_shape_is_refused_by_name() -> None:
-    model = small()
-    optimizer = torch.optim.Adafactor(model.parameters())
-    model(X).sum().backward()
-    optimizer.step()
-    before = snapshot(model, optimizer)
-    with pytest.raises(UnsupportedLayerError, match=r"Adafactor keeps .* for 0\.weight"):
-        fxslim.prune(model, X, optimizer=optimizer)
-    assert_unchanged(before, snapshot(model, optimizer))
-
-
-@pytest.mark.parametrize("failing", range(0, 14, 2))
-def test_a_failure_at_any_step_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
-    optimizer = torch.optim.Adam(model.parameters())
-    model(X).sum().backward()
-    optimizer.step()
-    plan = fxslim.plan_pruning(model, X)
-    before = snapshot(model, optimizer)
-    original, calls = cutting._replace, []
-
-    def replace(state, data, grad):
-        calls.append(1)
-        if len(calls) == failing + 1:
-            raise MemoryError("injected")
-        original(state, data, grad)
-
-    monkeypatch.setattr(cutting, "_replace", replace)
-    if failing < len({c.name for c in plan.cuts}):
-        with pytest.raises(MemoryError, match="injected"):
-            plan.apply(model, optimizer=optimizer)
-        assert_unchanged(before, snapshot(model, optimizer))
-
-
 class LiteralSize(nn.Module):
     """Reads a size that is written as a number."""
 
@@ -203,25 +84,6 @@ class LiteralSize(nn.Module):
 def test_a_size_written_as_a_number_freezes_with_file_and_line() -> None:
     with pytest.raises(PlanError, match=r"conv: view\(-1, 1568\) at test_pruning.py:\d+ has fixed sizes"):
         fxslim.plan_pruning(LiteralSize(), X, ratio=0.4)
-
-
-class HiddenSize(LiteralSize):
-    """The number is out of sight: a string is no size."""
-
-    def forward(self, x):
-        x = self.conv(x)
-        if str(x.shape[1]) != "8":
-            raise RuntimeError("made for 8 channels")
-        return self.fc(x.flatten(1))
-
-
-def test_a_forward_that_fails_afterwards_is_undone() -> None:
-    model = HiddenSize()
-    plan = fxslim.plan_pruning(model, X, ratio=0.4)
-    before = snapshot(model)
-    with pytest.raises(PlanError, match=r"made for 8 channels.*Nothing was changed"):
-        plan.apply(model)
-    assert_unchanged(before, snapshot(model))
 
 
 def test_plans_in_files(tmp_path) -> None:

@@ -2,12 +2,11 @@
 """Cuts parameters and buffers of a model, all or none.
 
 ``nn.Parameter`` objects stay the same objects, so optimizers and user code that hold them stay right; the
-state that an optimizer keeps for them is cut alike. A graph that was recorded before the cut and is still
-alive can't be walked backward any more, new ones can.
+state that an optimizer keeps for them is cut alike, and so are gradients: accumulating them can go on. A graph
+that was recorded before the cut and is still alive can't be walked backward any more, new ones can.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxslim.errors import PlanError, UnsupportedLayerError
+from fxslim.errors import ConfigError, PlanError, UnsupportedLayerError
 from fxslim.graph.recording import named_states
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.attributes import new_attributes, new_size
+from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.old_graphs import OldGraphs
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+
+# Elements that are cut at a time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,34 @@ class Cut:
 def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
     """A tensor with only the kept entries, in its memory format."""
     result = tensor.detach()
-    for cut in sorted(cuts, key=lambda c: (-c.blocks, c.dim)):
-        index = torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
-        result = _cut_blocks(result, cut, index) if cut.blocks > 1 else result.index_select(cut.dim, index)
+    for cut in (cut for cut in cuts if cut.blocks > 1):
+        result = _cut_blocks(result, cut, _index(cut, tensor))
+    plain = {cut.dim: _index(cut, tensor) for cut in cuts if cut.blocks == 1}
+    if 0 in plain and len(plain) > 1 and tensor.layout == torch.strided:
+        result = _cut_rows(result, plain.pop(0), plain)
+    else:
+        for dim, index in plain.items():
+            result = result.index_select(dim, index)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return result.contiguous(memory_format=torch.channels_last)
-    return result.contiguous()
+    return result.contiguous() if result.layout == torch.strided else result
+
+
+def _index(cut: Cut, tensor: Tensor) -> Tensor:
+    return torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
+
+
+def _cut_rows(tensor: Tensor, rows: Tensor, others: dict[int, Tensor]) -> Tensor:
+    """Cuts along the first dim and others, some rows at a time: all rows cut along one dim would take more memory."""
+    sizes = [len(rows), *(len(others[d]) if d in others else tensor.shape[d] for d in range(1, tensor.dim()))]
+    result = tensor.new_empty(sizes)
+    step = max(1, _PIECE // max(1, tensor[:1].numel()))
+    for start in range(0, len(rows), step):
+        piece = tensor.index_select(0, rows[start : start + step])
+        for dim, index in others.items():
+            piece = piece.index_select(dim, index)
+        result[start : start + step] = piece
+    return result
 
 
 def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
@@ -62,7 +88,7 @@ def _cut_blocks(tensor: Tensor, cut: Cut, index: Tensor) -> Tensor:
 
 
 class Surgery:
-    """New tensors and attributes, computed first; ``commit`` puts them in, ``undo`` takes them out.
+    """New tensors and attributes, computed first; ``commit`` puts them in.
 
     ``values`` are full-size tensors to cut in place of those that the model has, in any dtype.
     """
@@ -76,7 +102,6 @@ class Surgery:
         new_sizes: Sequence[NewAttribute] = (),
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.optimizer = optimizer
         self.states = dict(named_states(model))
         by_name: dict[str, list[Cut]] = {}
         for cut in cuts:
@@ -84,82 +109,100 @@ class Surgery:
         sizes = {name: by_name.pop(name) for name in list(by_name) if name not in self.states}
         given = {name: value.to(self.states[name].dtype) for name, value in (values or {}).items()}
         full = self.states | given
+        self.optimizer_tensors = _cut_optimizer(optimizer, self.states, by_name) if optimizer is not None else []
         self.tensors = {name: cut_tensor(full[name], by_name.get(name, [])) for name in by_name | given}
-        self.optimizer_tensors = self._cut_optimizer(by_name)
+        grads = {name: grad for name in self.tensors if (grad := self.states[name].grad) is not None}
+        self.grads = {name: cut_tensor(grad, by_name.get(name, [])) for name, grad in grads.items()}
         self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
         self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
-        self.undo_steps: list[Callable[[], None]] = []
-
-    def _cut_optimizer(self, by_name: dict[str, list[Cut]]) -> list[tuple[dict[str, Any], str, Tensor]]:
-        changes = []
-        state: Mapping[Tensor, dict[str, Any]] = self.optimizer.state if self.optimizer is not None else {}
-        for name, parameter in self.states.items():
-            for key, value in state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    if name in by_name:
-                        changes.append((state[parameter], key, cut_tensor(value, by_name[name])))
-                elif not (isinstance(value, int | float | None) or (isinstance(value, Tensor) and value.numel() == 1)):
-                    raise UnsupportedLayerError(
-                        f"{type(self.optimizer).__name__} keeps {key!r} for {name}, which has not its shape: "
-                        "it can't be cut; make the optimizer after pruning"
-                    )
-        return changes
+        self.old_graphs = OldGraphs({name: self.states[name] for name in self.tensors})
 
     def _attributes(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+        new = {id(self.states[name]): tensor for name, tensor in self.tensors.items()}
         changes = []
-        names = {id(state): name for name, state in self.states.items()}
         for module in model.modules():
             local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            tensors = {n: self.tensors.get(names.get(id(t), ""), t) for n, t in local}
-            if any(tensors[n] is not t for n, t in local):
-                values = new_attributes(module, tensors)
+            if any(id(state) in new for _, state in local):
+                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local})
                 changes += [(module, key, value) for key, value in values.items() if getattr(module, key) != value]
         return changes
 
-    def commit(self) -> None:
+    def commit(self, changes: Changes) -> None:
         """Put the new tensors and attributes in."""
         for name, tensor in self.tensors.items():
-            state = self.states[name]
-            old, grad = state.data, state.grad
-            self.undo_steps.append(functools.partial(_replace, state, old, grad))
-            _replace(state, tensor, None)
+            changes.replace_data(self.states[name], tensor, self.grads.get(name))
         for module, key, value in self.attributes:
-            self.undo_steps.append(functools.partial(setattr, module, key, getattr(module, key)))
-            setattr(module, key, value)
+            changes.set_attribute(module, key, value)
         for layer in self.recurrent:
-            # On a GPU its weights must lie in one piece of memory.
-            layer.flatten_parameters()
+            # On a GPU its weights must lie in one piece of memory; the parameters bring their old pieces back.
+            changes.make(layer.flatten_parameters, _nothing)
         for kept, key, tensor in self.optimizer_tensors:
-            self.undo_steps.append(functools.partial(kept.__setitem__, key, kept[key]))
-            kept[key] = tensor
+            changes.set_item(kept, key, tensor)
 
-    def undo(self) -> None:
-        """Everything as it was before ``commit``."""
-        while self.undo_steps:
-            self.undo_steps.pop()()
+    def close_old_graphs(self, changes: Changes) -> None:
+        """The last change: losses from before can't be walked backward any more."""
+        self.old_graphs.close(changes)
+
+
+def _cut_optimizer(
+    optimizer: Optimizer, states: dict[str, Tensor], by_name: dict[str, list[Cut]]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """What an optimizer keeps for each parameter, cut like the parameter."""
+    kind = type(optimizer).__name__
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, states.values())):
+        raise ConfigError(
+            f"optimizer: this {kind} holds {len(held)} parameters and none of this model's: "
+            f"make it from the parameters of the model that is pruned"
+        )
+    found = []
+    state: Mapping[Tensor, dict[str, Any]] = optimizer.state
+    for name, parameter in states.items():
+        for key, value in state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if name in by_name:
+                    found.append((state[parameter], key, cut_tensor(value, by_name[name])))
+            elif not (isinstance(value, int | float | None) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise UnsupportedLayerError(
+                    f"{kind} keeps {key!r} for {name}, which has not its shape: "
+                    "it can't be cut; make the optimizer after pruning"
+                )
+    return found
 
 
 def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
     """Sizes that the user's modules keep for themselves, as whole attributes."""
-    values: dict[tuple[str, str], Any] = {}
-    modules = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): module for name, module in model.named_modules()
-    }
+    values: dict[tuple[nn.Module, str], Any] = {}
+    modules = dict(model.named_modules())
+    inside = {_without_wrapper(name): module for name, module in modules.items()}
     for new in new_sizes:
-        attribute = new.attribute
-        key = attribute.module, attribute.name
-        old = values.get(key, getattr(modules.get(attribute.module), attribute.name, None))
-        found = old if attribute.item is None else old[attribute.item] if isinstance(old, tuple | list) else None
-        if found != new.before:
+        name, item = new.attribute.name, new.attribute.item
+        near = (modules.get(new.attribute.module), inside.get(_without_wrapper(new.attribute.module)))
+        owners = [owner for owner in near if owner is not None]
+        found = [values.get((owner, name), getattr(owner, name, None)) for owner in owners]
+        sizes = [_size_in(value, item) for value in found]
+        if new.before not in sizes:
             raise PlanError(
-                f"the plan does not fit this model: {attribute} is {found}, the plan was made for {new.before}"
+                f"the plan does not fit this model: {new.attribute} is {sizes[0] if sizes else None}, "
+                f"the plan was made for {new.before}"
             )
-        if attribute.item is None:
-            values[key] = new.after
-        else:
+        owner, old = owners[sizes.index(new.before)], found[sizes.index(new.before)]
+        after: Any = new.after
+        if item is not None:
             assert isinstance(old, tuple | list)
-            values[key] = type(old)([*old[: attribute.item], new.after, *old[attribute.item + 1 :]])
-    return [(modules[module], name, value) for (module, name), value in values.items()]
+            after = type(old)([*old[:item], after, *old[item + 1 :]])
+        values[owner, name] = after
+    return [(module, name, value) for (module, name), value in values.items()]
+
+
+def _without_wrapper(name: str) -> str:
+    return (name + ".").removeprefix("module.").removeprefix("_orig_mod.")[:-1]
+
+
+def _size_in(value: Any, item: int | None) -> Any:
+    if item is None:
+        return value
+    return value[item] if isinstance(value, tuple | list) and item < len(value) else None
 
 
 def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
@@ -173,10 +216,5 @@ def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn
     return changes
 
 
-def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Give a parameter other data; the detour over another dtype drops what autograd cached about its shape."""
-    state.grad = None
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    state.data = torch.empty(0, dtype=other, device=data.device)
-    state.data = data
-    state.grad = grad
+def _nothing() -> None:
+    """There is nothing to take back."""

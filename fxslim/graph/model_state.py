@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a forward may change in a model besides its outputs: modes, buffers, plain attributes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_CONTAINERS = (list, dict, set)
+
+
+class ModelState:
+    """Modes, buffers and attributes of all modules, as they are now; ``restore`` may be called any number of times.
+
+    Lists, dicts and sets among the attributes get their items back; what is inside of those is not looked at.
+    Torch's switch for fast attention, which recording turns off, is remembered too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fast_path = torch.backends.mha.get_fastpath_enabled()
+        self.modules = [(m, _attributes(m), dict(m._buffers)) for m in model.modules()]
+        self.contents = [
+            (value, value.copy())
+            for _, attributes, _ in self.modules
+            for value in attributes.values()
+            if type(value) in _CONTAINERS
+        ]
+        self.buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        for module, attributes, buffers in self.modules:
+            for added in _attributes(module).keys() - attributes.keys():
+                del module.__dict__[added]
+            module.__dict__.update(attributes)
+            for added in module._buffers.keys() - buffers.keys():
+                del module._buffers[added]
+            module._buffers.update(buffers)
+        for container, items in self.contents:
+            _refill(container, items)
+        changed = tuple(buffer for buffer, _ in self.buffers)
+        # Values are as they were, so graphs that saved these buffers stay right.
+        with torch.no_grad(), _unsafe_preserve_version_counter(changed):
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _INTERNALS}
+
+
+def _refill(container: Any, items: Any) -> None:
+    if isinstance(container, list):
+        container[:] = items
+        return
+    container.clear()
+    container.update(items)
