@@ -46,7 +46,7 @@ def randomise(model: nn.Module) -> nn.Module:
             centre = 1.0 if "weight" in name else 0.0
             state.data = torch.randn(state.shape, generator=generator) * 0.5 + centre
         elif state.is_floating_point():
-            gain = (2 / state[0].numel()) ** 0.5
+            gain = (1.5 / state[0].numel()) ** 0.5
             state.data = torch.randn(state.shape, generator=generator) * gain
     return model
 
