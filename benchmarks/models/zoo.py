@@ -23,10 +23,11 @@ from torchvision.models import get_model, list_models
 
 import fxslim
 from benchmarks.timing import machine
-from fxslim.graph.inputs import Inputs
-from fxslim.graph.recording import named_states
+from fxslim.graph.inputs import output_tensors
+from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.verification import VISIBLE, NormsOverKept, outputs_of, silence
+from fxslim.pruning.silencing import NormsOverKept, silence
+from fxslim.pruning.verification import VISIBLE
 
 OTHER_KINDS = ("quantized", "vit", "swin", "maxvit", "rcnn", "retina", "fcos", "ssd", "raft", "mvit")
 SMALL_VIDEO = (1, 3, 8, 64, 64)
@@ -36,7 +37,7 @@ SIZES = {"inception_v3": 299}
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Norms, biases and scales of order 1, so that a wrong mapping can't hide behind mean 0 and variance 1."""
+    """All of order 1: a wrong mapping can't hide behind mean 0 and variance 1, nor an effect behind small weights."""
     generator = torch.Generator().manual_seed(0)
     for name, state in [*model.named_parameters(), *model.named_buffers()]:
         if state.is_floating_point() and name.endswith("running_var"):
@@ -44,6 +45,9 @@ def randomise(model: nn.Module) -> nn.Module:
         elif state.is_floating_point() and (state.dim() <= 1 or name.endswith("layer_scale")):
             centre = 1.0 if "weight" in name else 0.0
             state.data = torch.randn(state.shape, generator=generator) * 0.5 + centre
+        elif state.is_floating_point():
+            gain = (2 / state[0].numel()) ** 0.5
+            state.data = torch.randn(state.shape, generator=generator) * gain
     return model
 
 
@@ -58,25 +62,42 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def smallest_effect(model: nn.Module, graph: fxslim.ChannelGraph, plan: fxslim.PruningPlan, x: Tensor) -> float:
-    """The smallest effect of what the plan removes from one group, each group alone, in float64."""
-    twin = copy.deepcopy(model).double()
+    """The smallest effect of what the plan removes from one group, each group alone."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     states = dict(named_states(twin))
-    whole = outputs_of(twin, Inputs(x.double()))
+    # Batch norm can't train on one value.
+    seen = {False: x, True: torch.cat([x, x.flip(-1)])}
+    whole = {mode: _outputs(twin, seen[mode], mode) for mode in seen}
     kept = {(cut.name, cut.dim): cut.keep for cut in plan.cuts}
     effects = []
     for group in graph.groups:
         cuts = _cuts_of(group, graph, kept)
         if not cuts:
             continue
-        saved = {cut.name: states[cut.name].detach().clone() for cut in cuts}
+        saved = {cut.name: states[cut.name].detach().clone() for cut in cuts if cut.name in states}
         silence(twin, cuts)
-        with NormsOverKept(twin, cuts):
-            changed = outputs_of(twin, Inputs(x.double()))
-        effects.append(max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(whole, changed, strict=True)))
+        effect = 0.0
+        for mode in (False, True):
+            # Auxiliary heads are seen in training only.
+            if effect < VISIBLE:
+                with NormsOverKept(twin, cuts):
+                    changed = _outputs(twin, seen[mode], mode)
+                effect = max(
+                    float((a - b).abs().max() / a.abs().max()) for a, b in zip(whole[mode], changed, strict=True)
+                )
+        effects.append(effect)
         with torch.no_grad():
             for name, before in saved.items():
                 states[name].copy_(before)
     return min(effects, default=0.0)
+
+
+def _outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+    with undisturbed(model, training=training), torch.no_grad():
+        return output_tensors(model(x))
 
 
 def _cuts_of(

@@ -22,7 +22,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 _WITH_SIZES = ("view", "reshape", "expand", "repeat", "tile", *_FACTORIES)
 _LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
-_WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "unflatten", "tensor_split")
+_WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "__setitem__", "unflatten", "tensor_split")
 
 
 # Functions written down as one operator, not as what they are made of: a rule knows more about the whole.

@@ -24,8 +24,14 @@ RULES: dict[str, Rule] = {}
 MOST_ENTRIES = 2**22
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+# Operators whose result has the labels of what they are done to, so that a change in place leaves a view's base right.
+ELEMENTWISE: set[str] = set()
+
+
+def rule(*names: str, elementwise: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule of ATen operators, by the name without overload and trailing underscore."""
+    if elementwise:
+        ELEMENTWISE.update(names)
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -267,7 +273,7 @@ class Propagation:
                 self.values[node] = source[index] if isinstance(source, list) else source
                 continue
             name, self._node = operator_name(node), node
-            if node.meta["mutates_view"]:
+            if node.meta["mutates_view"] and name not in ELEMENTWISE:
                 self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
             elif name not in RULES:
                 self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")

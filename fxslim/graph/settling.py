@@ -16,9 +16,9 @@ from fxslim.graph.groups import ResolvedLabels, removal_steps
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder, SlotKey
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
-from fxslim.graph.size_checks import NewAttribute, NewSizes
+from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
 from fxslim.graph.slots import LayerCall
-from fxslim.graph.tagged_sizes import Extent, leaves
+from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,7 @@ class Arranger:
         )
         failure = sizes.failed(propagation.checks)
         if failure is not None:
-            check, reason = failure
-            read = [leaf.node for leaf in leaves(check.expression) if isinstance(leaf, Extent)]
-            return Conflict(reason=reason, tied=frozenset(), whole=(*check.node.all_input_nodes, *read))
+            return self._give_up(*failure)
         if not propagation.splits:
             return Arrangement(orders={}, attributes=sizes.new_attributes())
         order = KeptOrder(propagation, self.resolved.classes, keep)
@@ -68,6 +66,18 @@ class Arranger:
         if misorder is not None:
             return self._way_out(misorder)
         return Arrangement(orders=order.slots, attributes=sizes.new_attributes())
+
+    def _give_up(self, failed: SizeCheck, reason: str) -> Conflict:
+        """A size that does not follow keeps what it reads whole; so do all readers of an attribute in it."""
+        attributes = {leaf for leaf in leaves(failed.expression) if isinstance(leaf, Attribute)}
+        related = [c for c in self.propagation.checks if c is failed or not attributes.isdisjoint(leaves(c.expression))]
+        whole = self.propagation.decisions.whole
+        for checks in ([failed], related):
+            read = [leaf.node for c in checks for leaf in leaves(c.expression) if isinstance(leaf, Extent)]
+            nodes = [*(node for c in checks for node in c.node.all_input_nodes), *read]
+            if any(node not in whole for node in nodes):
+                return Conflict(reason=reason, whole=tuple(nodes))
+        return Conflict(reason=reason)
 
     def _way_out(self, misorder: Misorder) -> Conflict:
         """Even counts where channels are parted after a shuffle; else the shuffled rows are tied; else they stay."""

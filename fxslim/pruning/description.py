@@ -29,16 +29,21 @@ _OUTPUTS = ("producer", "depthwise")
 def describe_cuts(cuts: tuple[Cut, ...], shapes: Mapping[str, tuple[int, ...]]) -> Desc:
     """The desc of these cuts of parameters of these shapes."""
     desc: Desc = {}
+    weights: dict[str, str] = {}
     changed = {cut.name.rpartition(".")[0] for cut in cuts if cut.role != "follower"}
     for cut in cuts:
         layer = cut.name.rpartition(".")[0]
+        if cut.name not in shapes:
+            # The size of a norm without parameters follows by itself.
+            continue
         if cut.role == "follower" and (layer in changed or not layer or len(shapes[cut.name]) != 1):
             # A bias goes with its weight; parameters that belong to no layer follow by themselves.
             continue
+        weight = cut.name if cut.role == "follower" else weights.setdefault(layer, cut.name)
         side, value = "output" if cut.role in _OUTPUTS else "input", _side(cut, shapes[cut.name])
-        if desc.setdefault(layer, {}).setdefault(side, value) != value:
+        if weight != cut.name or desc.setdefault(layer, {}).setdefault(side, value) != value:
             raise PlanError(
-                f"{layer or 'the model'} holds several weights that lose different channels, which a desc can't say; "
+                f"{layer or 'the model'} holds several weights that lose channels, which a desc can't say; "
                 "save the plan with plan.save(path) instead"
             )
     return desc

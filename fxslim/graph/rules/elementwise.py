@@ -26,7 +26,7 @@ empty zeros ones full arange linspace scalar_tensor rand randn new_empty new_zer
 """.split()
 
 
-@rule(*UNARY)
+@rule(*UNARY, elementwise=True)
 def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """The labels of the first argument."""
     labels = propagation.labels(node.args[0])
@@ -39,7 +39,7 @@ def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     return labels
 
 
-@rule(*COMBINING)
+@rule(*COMBINING, elementwise=True)
 def combine(propagation: Propagation, node: fx.Node) -> Labels:
     """Labels of the operands, unified."""
     # Parameters last: where channels along different dims meet, the first ones stay free.

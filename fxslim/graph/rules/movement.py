@@ -66,6 +66,7 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     for d in x.varying:
         given = size_given(node, d + missing)
         if size_kind(propagation, given) == LITERAL:
+            check_unlabelled(propagation, node, list(range(len(node.meta["shape"]))))
             call = node.meta["call"]
             return propagation.freeze_inputs(
                 node, f"{call.name}{shown_sizes(call.sizes)} at {call.where} has fixed sizes"

@@ -22,6 +22,9 @@ def split(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     assert isinstance(results, list)
     dim = (as_int(node.args[2]) if len(node.args) > 2 else as_int(node.kwargs.get("dim", 0))) % len(x.shape)
     if dim not in x.varying:
+        given = (node.meta["call"].sizes or (None,))[0]
+        for size, result in zip(given if isinstance(given, tuple) else (given,), results, strict=False):
+            follow_count(propagation, node, size, np.zeros(0, dtype=np.int64), static=result.shape[dim])
         return [Labels(shape=r.shape, ids=x.ids) for r in results]
     sizes = _part_sizes(node, x.shape[dim])
     stops = np.cumsum(sizes).tolist()
@@ -147,7 +150,7 @@ def _bounds_given(node: fx.Node, start: int, stop: int, length: int) -> tuple[An
     call = node.meta["call"]
     if call.name == "narrow" and call.sizes is not None and len(call.sizes) >= 3:
         return call.sizes[1], call.sizes[1] + call.sizes[2]
-    if call.name != "__getitem__" or call.sizes is None:
+    if call.name not in ("__getitem__", "__setitem__") or call.sizes is None:
         return None
     index = call.sizes[0]
     for item in index if isinstance(index, tuple) else (index,):

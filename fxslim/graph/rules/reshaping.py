@@ -43,6 +43,7 @@ def reshape(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     for old, new in runs:
         dim, ids = _settle_run(propagation, node, ids, new)
         if dim is None:
+            check_unlabelled(propagation, node, list(range(len(shape))))
             return propagation.freeze_inputs(node, _fixed_sizes(node))
         settled.append((tuple(old), tuple(new), dim))
     propagation.reshapes[node] = Reshape(full=full, whole=tuple(sizes), runs=tuple(settled))
