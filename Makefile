@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo abi sanitize clean
+.PHONY: help setup demo test check bench zoo memory scaling abi sanitize clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -55,6 +55,12 @@ bench: setup  ## kernels against torch's; writes a dated report
 
 zoo: setup  ## prune torchvision's convolutional models and prove each; writes a dated report
 	$(PYTHON) -m benchmarks.models.zoo
+
+memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
+	$(PYTHON) -m benchmarks.models.peak_memory
+
+scaling: setup  ## CPU time as models grow to 1,000 layers; writes a dated report
+	$(PYTHON) -m benchmarks.models.scaling
 
 abi: setup  ## one library on torch 2.11 and on the newest: builds, op tests, symbol table
 	$(PYTHON) fxslim_ext/checks/abi.py

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxslim.errors import UnsupportedLayerError
+from fxslim.graph.slots import owner
 
 _EXPORTED = "its code has the sizes built in: use the model that was exported, and export it afterwards"
 # By the names of classes, so that nothing is imported that the user did not import.
@@ -41,7 +42,10 @@ def refuse_wrapped(model: Any) -> None:
         for found in sorted(_base_names(state.data if not is_lazy(state) else state) & _REFUSED_TENSORS.keys()):
             raise UnsupportedLayerError(f"{name} is a {found}: {_REFUSED_TENSORS[found]}")
         if is_lazy(state):
-            raise UnsupportedLayerError(f"{name} has no shape yet: run the model once on an example first")
+            raise UnsupportedLayerError(
+                f"{owner(name) or type(model).__name__}: {name} has no shape yet, since it is lazy: "
+                "call the model once on an example input first"
+            )
         if state.is_inference():
             raise UnsupportedLayerError(
                 f"{name} was made under torch.inference_mode() and can't be changed: build the model outside of it"

@@ -79,7 +79,7 @@ def test_tensors_without_values_or_shapes() -> None:
     refused_everywhere(fake, r"0\.weight is a FakeTensor: .*meta device")
     lazy = small()
     lazy[0] = nn.LazyConv2d(16, 3)
-    refused_everywhere(lazy, r"0\.weight has no shape yet: run the model once")
+    refused_everywhere(lazy, r"0\.weight has no shape yet, since it is lazy: call the model once")
     with torch.inference_mode():
         inference = small()
     refused_everywhere(inference, r"0\.weight was made under torch.inference_mode\(\)")
