@@ -46,9 +46,26 @@ def randomise(model: nn.Module) -> nn.Module:
             centre = 1.0 if "weight" in name else 0.0
             state.data = torch.randn(state.shape, generator=generator) * 0.5 + centre
         elif state.is_floating_point():
-            gain = (1.5 / state[0].numel()) ** 0.5
+            gain = (2 / state[0].numel()) ** 0.5
             state.data = torch.randn(state.shape, generator=generator) * gain
     return model
+
+
+def settle_norms(model: nn.Module, x: Tensor) -> None:
+    """Running statistics near those of real activations: a deep model neither fades nor turns chaotic."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8 if x.dim() == 4 else 2, *x.shape[1:]))
+    generator = torch.Generator().manual_seed(1)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        spread = norm.running_var.clamp(min=0.1)
+        norm.running_mean += torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
+        norm.running_var = spread * (torch.rand(spread.shape, generator=generator) + 0.5)
+    model.eval()
 
 
 def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -56,9 +73,12 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     settings = {"weights_backbone": None} if name.startswith(("deeplab", "fcn", "lraspp")) else {}
     model = randomise(get_model(name, weights=None, **settings))
     if name in VIDEO:
-        return model, torch.randn(VIDEO[name]), torch.randn(VIDEO[name])
-    size = SIZES.get(name, 64)
-    return model, torch.randn(1, 3, size, size), torch.randn(1, 3, size + 32, size + 32)
+        x, other = torch.randn(VIDEO[name]), torch.randn(VIDEO[name])
+    else:
+        size = SIZES.get(name, 64)
+        x, other = torch.randn(1, 3, size, size), torch.randn(1, 3, size + 32, size + 32)
+    settle_norms(model, x)
+    return model, x, other
 
 
 def smallest_effect(model: nn.Module, graph: fxslim.ChannelGraph, plan: fxslim.PruningPlan, x: Tensor) -> float:
