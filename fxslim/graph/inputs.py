@@ -14,8 +14,8 @@ from fxslim.errors import ConfigError
 class Inputs:
     """Positional and keyword arguments of one forward.
 
-    >>> Inputs(1, flag=True)
-    Inputs(1, flag=True)
+    >>> Inputs(1, [torch.ones(2)], flag=True)
+    Inputs(1, [Tensor(2,)], flag=True)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,6 +75,11 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_shown, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_shown(item)}" for key, item in value.items()) + "}"
     return f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

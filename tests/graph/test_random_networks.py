@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random networks are pruned at random, and proved equal to their silenced twins.
 
-FXSLIM_RANDOM_NETWORKS=50000 pytest tests/graph/test_random_networks.py tries more than the 400 of every run.
+FXSLIM_RANDOM_NETWORKS=50000 pytest tests/graph/test_random_networks.py tries more than the 1,000 of every run.
 """
 
 import os
@@ -12,7 +12,7 @@ from fxslim import PlanError, plan_pruning
 from fxslim.pruning.verification import TOLERANCE
 from tests.graph.random_networks import RandomNetwork
 
-COUNT = int(os.environ.get("FXSLIM_RANDOM_NETWORKS", "400"))
+COUNT = int(os.environ.get("FXSLIM_RANDOM_NETWORKS", "1000"))
 
 
 def test_random_networks_equal_their_twins() -> None:
