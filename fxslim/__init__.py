@@ -7,6 +7,8 @@ from fxslim.checkpoint.model_files import load as load
 from fxslim.checkpoint.model_files import read_extras as read_extras
 from fxslim.checkpoint.model_files import save as save
 from fxslim.checkpoint.plan_files import load_plan as load_plan
+from fxslim.checkpoint.shrunk_weights import BlockMap as BlockMap
+from fxslim.checkpoint.shrunk_weights import load_shrunk as load_shrunk
 from fxslim.errors import CalibrationError as CalibrationError
 from fxslim.errors import CheckpointError as CheckpointError
 from fxslim.errors import ConfigError as ConfigError
