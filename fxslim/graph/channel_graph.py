@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 import fxslim.graph.rules as _registered  # noqa: F401
 from fxslim.errors import ConfigError, TraceError, unknown_name
 from fxslim.graph.cost import Cost
+from fxslim.graph.freeze_report import tell_freezes
 from fxslim.graph.groups import ChannelGroup, ResolvedLabels
 from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.propagation import Conflict
@@ -90,12 +91,12 @@ class ChannelGraph:
         return frozen
 
     def report(self) -> str:
-        """The groups, and what is frozen and why, as text."""
+        """The groups; what is frozen, why, how much of the macs that is, and what would lift it."""
         lines = [f"{self.cost}", f"{len(self.groups)} groups, {sum(map(len, self.groups))} removable channels", ""]
         lines += [f"  {group}" for group in self.groups]
         frozen = self.frozen_layers()
         lines += ["", f"{len(frozen)} layers keep all their channels"] if frozen else []
-        lines += [f"  {layer}: {why}" for layer, why in frozen.items()]
+        lines += tell_freezes(frozen, self.cost.layers)
         lines += [f"  {name}: not reached by the example inputs" for name in self.not_reached]
         return "\n".join([*lines, *self.notes])
 
