@@ -24,7 +24,7 @@ q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights
 def attend(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """The width of the heads together is that of the query, so both shrink by whole heads."""
     given: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
-    streams = [propagation.labels(given[name]) for name in ("query", "key", "value")]
+    streams = [_stream(propagation, given[name]) for name in ("query", "key", "value")]
     names = {name: propagation.state_name(given.get(name)) for name in PARAMETERS if "proj" in name or "bias" in name}
     heads = node.meta["call"].sizes[1]
     out_weight = names["out_proj_weight"]
@@ -49,6 +49,12 @@ def attend(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     assert isinstance(results, list)
     shape = streams[0].shape if streams[0] is not None else ()
     return [along(shape, len(shape) - 1, out), *(fixed(r.shape) for r in results[1:])]
+
+
+def _stream(propagation: Propagation, value: object) -> Labels | None:
+    """Labels of an input; the entries of a parameter, such as learned queries, are channels along the last dim."""
+    x = propagation.labels(value)
+    return None if x is None else propagation.tied_along(x, len(x.shape) - 1)
 
 
 def _projections(
