@@ -54,7 +54,8 @@ bench: setup  ## kernels against torch's; writes a dated report
 	$(PYTHON) -m benchmarks.kernels.run
 
 zoo: setup  ## prune torchvision's convolutional models and prove each; writes a dated report
-	$(PYTHON) -m benchmarks.models.zoo
+	$(PYTHON) -m benchmarks.models.zoo --effects
+	$(PYTHON) -m benchmarks.models.zoo --effects --importance l2
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
 	$(PYTHON) -m benchmarks.models.peak_memory

@@ -195,8 +195,8 @@ def main() -> None:
         f"{passed} of {len(results)} pruned to half their macs ({options.importance} choice), equal to the silenced",
         "original in float64 on two resolutions, and run in train mode afterwards. `relative` is the largest",
         "difference over the largest output, `effect` that of the removal itself, `one group` the least effect of",
-        "removing every other channel of one group alone (below 1e-3 a row is VACUOUS), `free` the share of layers with",
-        "removable channels (below 95 % a row is FROZEN), seconds are CPU time of planning. Reproduce: `make zoo`.", "",
+        "removing every other channel of one group alone (below 1e-3: VACUOUS), `free` the share of layers with",
+        "removable channels (below 95 %: FROZEN), seconds are CPU time of planning. Reproduce: `make zoo`.", "",
         "| model | | macs kept | params kept | layers cut | free | relative | effect | one group | s | stays because |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
