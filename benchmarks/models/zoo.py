@@ -158,7 +158,7 @@ def row(name: str, importance: str, effects: bool) -> tuple[bool, str]:
         f"{free:.0%}",
         f"{proof.relative:.0e}",
         f"{proof.effect:.0e}",
-        f"{smallest:.0e}",
+        f"{smallest:.0e}" if effects else "not run",
         f"{seconds:.2f}",
         "; ".join(reasons),
     ]
@@ -196,7 +196,8 @@ def main() -> None:
         "original in float64 on two resolutions, and run in train mode afterwards. `relative` is the largest",
         "difference over the largest output, `effect` that of the removal itself, `one group` the least effect of",
         "removing every other channel of one group alone (below 1e-3: VACUOUS), `free` the share of layers with",
-        "removable channels (below 95 %: FROZEN), seconds are CPU time of planning. Reproduce: `make zoo`.", "",
+        "removable channels (below 95 %: FROZEN), seconds are CPU time of planning. Reproduce:",
+        f"`python -m benchmarks.models.zoo --importance {options.importance}{' --effects' * options.effects}`.", "",
         "| model | | macs kept | params kept | layers cut | free | relative | effect | one group | s | stays because |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import fx
 from fxslim.graph.labels import Ids, Labels
 from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name
 from fxslim.graph.recording import Recording
+from fxslim.graph.rules.movement import permuted_axes
 
 SlotKey = tuple[str, int]
 # A vector that a parameter's dim follows at one operator: (slot, labels, blocks).
@@ -137,7 +138,7 @@ class KeptOrder:
     def _permuted(self, node: fx.Node) -> Ids:
         x = as_node(node.args[0])
         before, layout = self._ids(x), self._layout_of(x)
-        order = _axes(node, before.ndim)
+        order = permuted_axes(node, before.ndim)
         places = np.unravel_index(layout.transpose(order), before.shape)
         shape = tuple(before.shape[d] for d in order)
         return np.ravel_multi_index(tuple(places[d] for d in order), shape)
@@ -255,16 +256,3 @@ def _in_place(places: list[Ids], dims: list[int]) -> bool:
 def _source(node: fx.Node) -> list[fx.Node]:
     """What an operator with several results read, for one of its results."""
     return list(as_node(node.args[0]).all_input_nodes) if node.target is operator.getitem else []
-
-
-def _axes(node: fx.Node, rank: int) -> list[int]:
-    """The order of dims after a permutation."""
-    order = list(range(rank))
-    if len(node.args) == 3:
-        a, b = as_int(node.args[1]) % rank, as_int(node.args[2]) % rank
-        order[a], order[b] = order[b], order[a]
-    elif len(node.args) == 2:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    else:
-        order.reverse()
-    return order

@@ -54,6 +54,7 @@ class _Recorder(TorchDispatchMode):
 
     def _remember(self, node: fx.Node, value: Tensor) -> None:
         node.meta["shape"] = tuple(value.shape)
+        node.meta["is_mask"] = value.dtype in (torch.bool, torch.uint8)
         node.meta["stride"] = value.stride() if value.layout == torch.strided else ()
         self.nodes[value] = node
 

@@ -79,8 +79,7 @@ class NewSizes:
         size = int(leaf.node.meta["shape"][leaf.dim])
         if not isinstance(labels, Labels) or labels.ids.shape[leaf.dim] == 1:
             return size
-        line = np.moveaxis(labels.ids, leaf.dim, -1).reshape(-1, size)[0]
-        return self.kept_count(line)
+        return self.kept_count(labels.line(leaf.dim))
 
     def _state_shape(self, name: str) -> list[int]:
         shape = list(self.states[name].shape)

@@ -2,6 +2,7 @@
 """Sizes that the forward reads, slices, splits and shuffles: pruned and proved, or kept with file and line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ LITERALS = {
         lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, 16, 10, 10),
         r"expand\(-1, 16, 10, 10\) at .*:\d+ has fixed sizes",
     ),
-    "head count": (lambda m, x: x[:, :16] if x.size(1) == 17 else x[:, (0,) * 16], "channels are picked by indices"),
+    "indices": (lambda m, x: x[:, (0,) * 16], "channels are picked by indices"),
 }
 
 
@@ -119,8 +120,7 @@ def test_sizes_written_as_numbers_keep_their_channels(name: str) -> None:
     read, reason = LITERALS[name]
     model = randomise(Reads(read, 16))
     graph = fxslim.trace(model, X)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(graph.explain("conv"))
+    assert re.search(reason, graph.explain("conv"))
     assert "conv" in graph.frozen_layers()
     assert fxslim.plan_pruning(model, X, ratio=0.2, importance="random").verify(model, X).ok
 

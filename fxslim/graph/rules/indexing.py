@@ -3,7 +3,7 @@
 
 from torch import fx
 
-from fxslim.graph.labels import Labels
+from fxslim.graph.labels import Labels, fixed
 from fxslim.graph.propagation import Propagation, as_int, rule
 
 
@@ -13,6 +13,9 @@ def index(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x, given = propagation.labels(node.args[0]), node.args[1]
     if x is None or not isinstance(given, list | tuple):
         return propagation.freeze_inputs(node, "indexing")
+    if any(isinstance(item, fx.Node) and item.meta["is_mask"] and len(item.meta["shape"]) != 1 for item in given):
+        # A mask takes as many dims as it has itself.
+        return propagation.freeze_inputs(node, "indexing by a mask")
     picked = [d for d, item in enumerate(given) if isinstance(item, fx.Node)]
     whole = [d for d in range(len(x.shape)) if d not in picked]
     if picked != list(range(picked[0], picked[-1] + 1)):
@@ -56,4 +59,4 @@ def gather(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x, indices = propagation.labels(node.args[0]), propagation.labels(node.args[2])
     if x is None or indices is None or x.labelled or indices.labelled:
         return propagation.freeze_inputs(node, "gather")
-    return Labels(shape=node.meta["shape"], ids=x.ids)
+    return fixed(node.meta["shape"])

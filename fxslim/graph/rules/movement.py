@@ -28,7 +28,11 @@ def permute(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         return fixed(node.meta["shape"])
     x = propagation.labels(node.args[0])
     assert x is not None
-    rank = len(x.shape)
+    return _moved(node, x.ids.transpose(permuted_axes(node, len(x.shape))))
+
+
+def permuted_axes(node: fx.Node, rank: int) -> list[int]:
+    """The order of dims after a permutation."""
     order = list(range(rank))
     if len(node.args) == 3:
         a, b = _dim(node.args[1], rank), _dim(node.args[2], rank)
@@ -37,7 +41,7 @@ def permute(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         order = [_dim(d, rank) for d in node.args[1]]  # type: ignore[union-attr]
     else:
         order.reverse()
-    return _moved(node, x.ids.transpose(order))
+    return order
 
 
 def _order(node: fx.Node) -> list[int]:

@@ -68,7 +68,7 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
             return None
         propagation.space.unify(a.ids, np.swapaxes(b.ids, rows, columns))
         return fixed(shape)
-    if rows in a.varying and columns in b.varying:
+    if a.varying and b.varying and not (batch_a and batch_b):
         return None
     if batch_a and batch_b:
         if batch_a != batch_b or rows in a.varying or columns in b.varying:
@@ -80,8 +80,7 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
     ):
         # The other operand has entries for each head, but they are no channels.
         return None
-    ids = carrier.ids
-    return compressed(Labels(shape=shape, ids=ids))
+    return compressed(Labels(shape=shape, ids=carrier.ids))
 
 
 def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, heads: Ids | None) -> None:
