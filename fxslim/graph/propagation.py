@@ -67,17 +67,20 @@ class Conflict:
     tied: frozenset[fx.Node] = frozenset()
     whole: tuple[fx.Node, ...] = ()
     even: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    narrow: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels.
+    as the others; views whose rows lose the very same entries; values that keep all their channels; views that make
+    heads, which stay and get narrower.
     """
 
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
+    narrow: frozenset[fx.Node] = frozenset()
 
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
@@ -85,10 +88,15 @@ class Decisions:
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
             whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
+            narrow=self.narrow.union(*(conflict.narrow for conflict in conflicts)),
         )
-        if (len(more.even), len(more.tied), len(more.whole)) == (len(self.even), len(self.tied), len(self.whole)):
+        if more.count == self.count:
             raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
         return more
+
+    @property
+    def count(self) -> int:
+        return len(self.even) + len(self.tied) + len(self.whole) + len(self.narrow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +140,9 @@ class Propagation:
         self.parts: dict[fx.Node, Part] = {}
         self.uses: list[tuple[fx.Node, tuple[str, int], Ids, int]] = []
         self.checks: list[SizeCheck] = []
-        # Rows that turned out to be reduced or mixed with each other.
+        # Views that make heads of which whole ones go.
+        self.heads: dict[fx.Node, Ids] = {}
+        # Rows that turned out to be reduced or mixed with each other, heads whose width is looked at.
         self.wishes: list[Conflict] = []
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
@@ -226,6 +236,13 @@ class Propagation:
         views = frozenset(view for view, rows in self.splits.items() if np.isin(rows, labels.ids).any())
         if views:
             self.wishes.append(Conflict(reason=f"{operator_name(node)} mixes rows of channels", tied=views))
+        return bool(views)
+
+    def narrow_heads(self, node: fx.Node, labels: Labels) -> bool:
+        """Ask that heads stay and get narrower, all alike; False where the labels are no heads."""
+        views = frozenset(view for view, ids in self.heads.items() if np.isin(ids, labels.ids).any())
+        if views:
+            self.wishes.append(Conflict(reason=f"{operator_name(node)} is shared by all heads", narrow=views))
         return bool(views)
 
     def freeze(self, labels: Labels | None, node: fx.Node, why: str) -> None:

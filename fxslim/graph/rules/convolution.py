@@ -6,7 +6,7 @@ import math
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, along
+from fxslim.graph.labels import Ids, Labels, along, fixed
 from fxslim.graph.propagation import Propagation, as_int, rule
 
 
@@ -18,6 +18,10 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     if weight is None or x is None or propagation.has_computed(node.args[2:3]):
         return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight or bias of a convolution"))
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
+    x = propagation.tied_along(x, channel)
+    if x.varying == [0] and channel == 1 and propagation.narrow_heads(node, x):
+        # Heads are the batch, each goes through the same kernel. Runs again with narrower heads.
+        return fixed(node.meta["shape"])
     if any(d != channel for d in x.varying):
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
     line, shape = x.vector(channel), node.meta["shape"]
