@@ -231,8 +231,10 @@ class Propagation:
 
     def tie_rows(self, node: fx.Node, labels: Labels, dim: int) -> bool:
         """Ask that rows which keep their number lose the same entries; False where the dim has no such rows."""
-        if not self.space.keeps_rows(labels, dim):
-            return False
+        return self.space.keeps_rows(labels, dim) and self.tie_views(node, labels)
+
+    def tie_views(self, node: fx.Node, labels: Labels) -> bool:
+        """Ask that the rows of the views that these labels come from lose the same entries; False if there are none."""
         views = frozenset(view for view, rows in self.splits.items() if np.isin(rows, labels.ids).any())
         if views:
             self.wishes.append(Conflict(reason=f"{operator_name(node)} mixes rows of channels", tied=views))

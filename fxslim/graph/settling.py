@@ -53,7 +53,7 @@ class Arranger:
             classes=self.resolved.classes,
             modules=propagation.modules,
             states=propagation.states,
-            slot_ids={key: (slot.ids, slot.blocks) for key, slot in propagation.slots.items()},
+            slot_ids={slot.key: (slot.ids, slot.blocks) for slot in self.resolved.slots},
             values=propagation.values,
         )
         failure = sizes.failed(propagation.checks)

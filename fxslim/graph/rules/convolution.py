@@ -18,9 +18,8 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     if weight is None or x is None or propagation.has_computed(node.args[2:3]):
         return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight or bias of a convolution"))
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
-    x = propagation.tied_along(x, channel)
-    if x.varying == [0] and channel == 1 and propagation.narrow_heads(node, x):
-        # Heads are the batch, each goes through the same kernel. Runs again with narrower heads.
+    if channel == 1 and 0 in x.varying and (propagation.tie_views(node, x) or propagation.narrow_heads(node, x)):
+        # Heads are the batch, and all go through one kernel. Runs again with heads that get narrower alike.
         return fixed(node.meta["shape"])
     if any(d != channel for d in x.varying):
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
