@@ -65,7 +65,9 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
         # Whole heads: the dim before the width of a head.
         narrow = not heads or node in propagation.decisions.narrow
         dim = next((d for d in (varying[-1:] if narrow else heads) if kinds[d] != LITERAL), None)
-        if not narrow:
+        if narrow:
+            propagation.narrower.append(ids)
+        else:
             propagation.heads[node] = ids
     else:
         dim = next((d for d in varying if kinds[d] == OWN), None)
