@@ -15,7 +15,7 @@ from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
-from fxslim.graph.slots import LayerCall, Slot, owner
+from fxslim.graph.slots import LayerCall, Slot, SlotKey, owner
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -130,7 +130,7 @@ class Propagation:
         self.splits: dict[fx.Node, Ids] = {}
         self.reshapes: dict[fx.Node, Reshape] = {}
         self.parts: dict[fx.Node, Part] = {}
-        self.uses: list[tuple[fx.Node, tuple[str, int], Ids, int]] = []
+        self.uses: list[tuple[fx.Node, SlotKey | None, Ids, int]] = []
         self.checks: list[SizeCheck] = []
         # Rows that turned out to be reduced or mixed with each other.
         self.wishes: list[Conflict] = []
@@ -208,9 +208,12 @@ class Propagation:
             self.uses.append((self._node, slot.key, slot.ids if ids is None else ids, blocks))
         return slot
 
-    def count(
-        self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[tuple[str, int], ...]
-    ) -> None:
+    def group(self, node: fx.Node, line: Ids, groups: int, reason: str) -> None:
+        """An operator works on groups of channels: equally many stay in each, and none changes its group."""
+        self.space.balance(line.reshape(groups, -1), reason)
+        self.uses.append((node, None, line, groups))
+
+    def count(self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[SlotKey, ...]) -> None:
         """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
         if self.batch == 0:
             # The first layer tells which size is the batch; an unbatched one has none.
@@ -321,7 +324,8 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
     if chosen is None:
         return fixed(shape)
     for operand in aligned:
-        if not operand.labelled and any(
+        # One that is a single label over several entries was frozen above: those entries stay.
+        if not operand.varying and any(
             operand.shape[d] > 1 and not propagation.space.keeps_rows(chosen, d) for d in chosen.varying
         ):
             propagation.freeze(chosen, node, "combined with values that are no channels")

@@ -13,11 +13,11 @@ import numpy as np
 from torch import nn
 
 from fxslim.graph.groups import ResolvedLabels, removal_steps
-from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder, SlotKey
+from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
-from fxslim.graph.slots import LayerCall
+from fxslim.graph.slots import LayerCall, SlotKey
 from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
 
 

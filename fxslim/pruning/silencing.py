@@ -53,7 +53,10 @@ class NormsOverKept(TorchFunctionMode):
         super().__init__()
         known: dict[str, object] = dict(named_states(model))
         known |= {name: module for name, module, size in find_unweighted_norms(model) if size != "num_features"}
-        self.kept = {id(known[cut.name]): (cut.dim, torch.tensor(cut.keep)) for cut in cuts if cut.name in known}
+        # In the order of the full-size model, so that each group of a group norm is still made of its own channels.
+        self.kept = {
+            id(known[cut.name]): (cut.dim, torch.tensor(sorted(cut.keep))) for cut in cuts if cut.name in known
+        }
         self.modules = [m for m in known.values() if isinstance(m, nn.Module) and id(m) in self.kept]
         self.inside: list[nn.Module] = []
         self.handles: list[RemovableHandle] = []

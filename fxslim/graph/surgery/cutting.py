@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -58,7 +59,8 @@ def cut_tensor(tensor: Tensor, cuts: list[Cut]) -> Tensor:
 
 
 def _index(cut: Cut, tensor: Tensor) -> Tensor:
-    return torch.tensor(cut.keep, dtype=torch.long, device=tensor.device)
+    # By way of numpy, which reads long tuples faster.
+    return torch.from_numpy(np.array(cut.keep, dtype=np.int64)).to(tensor.device)
 
 
 def _cut_rows(tensor: Tensor, rows: Tensor, others: dict[int, Tensor]) -> Tensor:
