@@ -284,8 +284,12 @@ class Propagation:
             value = self.values.get(node)
             if isinstance(value, Labels):
                 self.freeze(value, node, reason)
+        found = self.space.freezes
+        self.space.freezes = []
         for node in recording.outputs:
             self.freeze(self.labels(node), node, "model output")
+        # Said first: nothing can lift it.
+        self.space.freezes += found
 
 
 def results_without_channels(node: fx.Node) -> Labels | list[Labels]:

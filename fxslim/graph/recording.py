@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxslim.errors import TraceError
 from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
 from fxslim.graph.inputs import Inputs, output_tensors
-from fxslim.graph.model_state import ModelState
+from fxslim.graph.model_state import HookState, ModelState
 
 
 class _Recorder(TorchDispatchMode):
@@ -128,7 +128,7 @@ def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Set train or eval mode; afterwards modes, buffers, attributes and random state are as they were."""
-    before = ModelState(model)
+    before, hooks = ModelState(model), HookState(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(training)
@@ -136,6 +136,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
             yield
     finally:
         before.restore()
+        hooks.restore()
 
 
 @contextlib.contextmanager
