@@ -78,7 +78,7 @@ def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
         return propagation.freeze_inputs(node, "a reduction of several values")
     reduced = _reduced_dims(node, len(x.shape))
     over = [d for d in x.varying if d in reduced]
-    if over and not _averages_in_norm(propagation, node, x, over):
+    if over and not _averages_in_norm(propagation, node, x, reduced):
         if not all(propagation.tie_rows(node, x, d) for d in over):
             return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
         # Runs again with the rows tied.
@@ -102,19 +102,24 @@ def _reduced_dims(node: fx.Node, rank: int) -> set[int]:
     return {as_int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
 
 
-def _averages_in_norm(propagation: Propagation, node: fx.Node, x: Labels, over: list[int]) -> bool:
-    """Whether a module averages over the only labelled dim and has vectors for it: they follow, the result does not."""
-    layer = node.meta["module"]
-    if node.meta["call"].name not in AVERAGES or over != x.varying or len(over) != 1:
+def _averages_in_norm(propagation: Propagation, node: fx.Node, x: Labels, reduced: set[int]) -> bool:
+    """Whether a module averages over the only labelled dim and has vectors for it: they follow, the result does not.
+
+    Vectors as long as another dim that is averaged over could be for either.
+    """
+    layer, channel = node.meta["module"], x.varying[0]
+    if node.meta["call"].name not in AVERAGES or len(x.varying) != 1:
         return False
-    size = x.shape[over[0]]
+    size = x.shape[channel]
+    if any(x.shape[d] == size for d in reduced - {channel}):
+        return False
     vectors = [(name, dim) for name, dim, length in channel_vectors(propagation.modules.get(layer)) if length == size]
     states = [(f"{layer}.{name}".lstrip("."), dim) for name, dim in vectors]
     # A tied parameter is known by another name.
     if not states or any(name not in propagation.states for name, _ in states):
         return False
     for name, dim in states:
-        propagation.slot(name, dim, x.vector(over[0]))
+        propagation.slot(name, dim, x.vector(channel))
     return True
 
 
