@@ -6,7 +6,15 @@ from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed, fixed
 from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name, rule
-from fxslim.graph.rules.sizes import LITERAL, check_unlabelled, follow_count, repeated, shown_sizes, size_given, size_kind
+from fxslim.graph.rules.sizes import (
+    LITERAL,
+    check_unlabelled,
+    follow_count,
+    repeated,
+    shown_sizes,
+    size_given,
+    size_kind,
+)
 
 
 def _moved(node: fx.Node, ids: Ids) -> Labels:

@@ -78,11 +78,12 @@ def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
         return propagation.freeze_inputs(node, "a reduction of several values")
     reduced = _reduced_dims(node, len(x.shape))
     over = [d for d in x.varying if d in reduced]
-    if over and not _averages_in_norm(propagation, node, x, reduced):
-        if not all(propagation.tie_rows(node, x, d) for d in over):
-            return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
-        # Runs again with the rows tied.
+    if over and _averages_in_norm(propagation, node, x, reduced):
+        return results
+    if not all(propagation.tie_rows(node, x, d) for d in over):
+        return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
     if over:
+        # Runs again with the rows tied.
         return results
     several = results if isinstance(results, list) else [results]
     kept = [size for d, size in enumerate(x.ids.shape) if d not in reduced]
