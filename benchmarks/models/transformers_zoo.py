@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fxslim
 from benchmarks.models.zoo import free_share, randomise
@@ -56,7 +57,8 @@ WHISPER = {
 }  # fmt: skip
 SPEECH = {
     **TEXT, "conv_dim": [16, 24], "conv_stride": [4, 2], "conv_kernel": [8, 3], "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "apply_spec_augment": False,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0,
+    "apply_spec_augment": False,
     "layerdrop": 0.0, "classifier_proj_size": 24,
 }  # fmt: skip
 CLIP_TEXT = {**TEXT, "max_position_embeddings": 20}
@@ -141,6 +143,12 @@ def clip(**more: object) -> nn.Module:
     return transformers.CLIPModel(transformers.CLIPConfig(**{**settings, **more}))
 
 
+def without_weight_norm() -> nn.Module:
+    model = made("Wav2Vec2ForCTC", SPEECH)()
+    parametrize.remove_parametrizations(model.wav2vec2.encoder.pos_conv_embed.conv, "weight")
+    return model
+
+
 LLAMA = {**TEXT, "num_key_value_heads": 2}
 MODELS: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "BERT": (made("BertModel", TEXT), words),
@@ -181,6 +189,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "SegFormer, segments": (made("SegformerForSemanticSegmentation", SEGFORMER), any_pixels),
     "wav2vec2": (made("Wav2Vec2Model", SPEECH), sound),
     "wav2vec2, words": (made("Wav2Vec2ForCTC", SPEECH), sound),
+    "wav2vec2, words, without weight norm": (without_weight_norm, sound),
     "wav2vec2, layer norm": (
         made("Wav2Vec2ForCTC", SPEECH, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True), sound,
     ),
@@ -270,14 +279,16 @@ def main() -> None:
         print(results[-1][1], flush=True)
     passed = sum(ok for ok, _ in results)
     head = [
-        f"# Hugging Face's models, {datetime.date.today()}", "", machine(), f"transformers {transformers.__version__}", "",
+        f"# Hugging Face's models, {datetime.date.today()}", "",
+        machine(), f"transformers {transformers.__version__}", "",
         f"{passed} of {len(results)} small models with random weights pruned by {options.ratio:.0%} of their macs",
         f"({options.importance} choice), equal to the silenced original in float64 on two inputs (another length or",
-        "resolution where the model allows it), trained afterwards with dropout, saved and loaded again. `relative` is",
-        "the largest difference over the largest output, `effect` that of the removal itself, `free` the share of layers",
-        "with removable channels among those that do not make the output (below 95 %: FROZEN), seconds are CPU time of",
-        "planning. Reproduce: `pip install transformers`, then",
-        f"`python -m benchmarks.models.transformers_zoo --importance {options.importance} --ratio {options.ratio}`.", "",
+        "resolution where the model allows it), trained afterwards with dropout, saved and loaded again. `relative`",
+        "is the largest difference over the largest output, `effect` that of the removal itself, `free` the share of",
+        "layers with removable channels among those that do not make the output (below 95 %: FROZEN), seconds are CPU",
+        "time of planning. Reproduce: `pip install transformers`, then",
+        f"`python -m benchmarks.models.transformers_zoo --importance {options.importance} --ratio {options.ratio}`.",
+        "",
         "| model | | macs kept | params kept | layers cut | free | relative | effect | s | layers that stay because |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -273,11 +273,11 @@ class Propagation:
         self.batch = 0
         for node in recording.nodes:
             if node.op == "call_function":
-                value = self._labels_after(node)
-                if node in self.decisions.single and isinstance(value, Labels):
-                    self.freeze(value, node, "one head for several")
-                    value = fixed(value.shape)
-                self.values[node] = value
+                made = self._labels_after(node)
+                if node in self.decisions.single and isinstance(made, Labels):
+                    self.freeze(made, node, "one head for several")
+                    made = fixed(made.shape)
+                self.values[node] = made
         self._node = None
         for node, reason in self.decisions.whole.items():
             value = self.values.get(node)

@@ -88,9 +88,8 @@ def test_two_layers_that_need_two_values() -> None:
             a, b = (layer(x).tanh() + torch.zeros(self.width, dtype=x.dtype) for layer in (self.a, self.b))
             return self.c(a) + self.d(b)
 
-    for seed in range(5):
-        model = Two()
-        plan = fxslim.plan_pruning(model, X, ratio=0.4, target="channels", importance="random", seed=seed)
-        assert plan.verify(model, X).ok
-        plan.apply(model)
-        assert model.width == 8 or model.a.out_features == model.b.out_features == model.width
+    def first_layer_first(group, model):
+        return torch.arange(8) + 8.0 * (group.name == "b")
+
+    with pytest.raises(fxslim.PlanError, match="width is read at .* and can't have two values"):
+        fxslim.plan_pruning(Two(), X, ratio=0.3, target="channels", importance=first_layer_first)
