@@ -91,5 +91,5 @@ def test_two_layers_that_need_two_values() -> None:
     def first_layer_first(group, model):
         return torch.arange(8) + 8.0 * (group.name == "b")
 
-    with pytest.raises(fxslim.PlanError, match="width is read at .* and can't have two values"):
+    with pytest.raises(fxslim.PlanError, match=r"width is read at .* and can't have two values"):
         fxslim.plan_pruning(Two(), X, ratio=0.3, target="channels", importance=first_layer_first)
