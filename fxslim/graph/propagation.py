@@ -66,27 +66,31 @@ class Conflict:
     reason: str
     tied: frozenset[fx.Node] = frozenset()
     whole: tuple[fx.Node, ...] = ()
+    single: tuple[fx.Node, ...] = ()
     even: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels.
+    as the others; views whose rows lose the very same entries; values that keep all their channels; and those that are
+    one head for several others.
     """
 
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
+    single: frozenset[fx.Node] = frozenset()
 
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
         more = Decisions(
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
+            single=self.single.union(*(conflict.single for conflict in conflicts)),
             whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
         )
-        if (len(more.even), len(more.tied), len(more.whole)) == (len(self.even), len(self.tied), len(self.whole)):
+        if more == self:
             raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
         return more
 
@@ -129,6 +133,8 @@ class Propagation:
         # Views that split channels in rows with a choice of their own, and what is needed to follow that choice.
         self.splits: dict[fx.Node, Ids] = {}
         self.reshapes: dict[fx.Node, Reshape] = {}
+        # Labels behind views that split channels in whole heads.
+        self.heads: list[Ids] = []
         self.parts: dict[fx.Node, Part] = {}
         self.uses: list[tuple[fx.Node, SlotKey | None, Ids, int]] = []
         self.checks: list[SizeCheck] = []
@@ -269,26 +275,34 @@ class Propagation:
         self.input_sizes = {size for node in recording.inputs for size in node.meta["shape"][:2]}
         self.batch = 0
         for node in recording.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target is operator.getitem:
-                source, index = self.values[as_node(node.args[0])], as_int(node.args[1])
-                self.values[node] = source[index] if isinstance(source, list) else source
-                continue
-            name, self._node = operator_name(node), node
-            if node.meta["mutates_view"] and name not in ELEMENTWISE:
-                self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
-            elif name not in RULES:
-                self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
-            else:
-                self.values[node] = RULES[name](self, node)
+            if node.op == "call_function":
+                made = self._labels_after(node)
+                if node in self.decisions.single and isinstance(made, Labels):
+                    self.freeze(made, node, "one head for several")
+                    made = fixed(made.shape)
+                self.values[node] = made
         self._node = None
         for node, reason in self.decisions.whole.items():
             value = self.values.get(node)
             if isinstance(value, Labels):
                 self.freeze(value, node, reason)
+        found = self.space.freezes
+        self.space.freezes = []
         for node in recording.outputs:
             self.freeze(self.labels(node), node, "model output")
+        # Said first: nothing can lift it.
+        self.space.freezes += found
+
+    def _labels_after(self, node: fx.Node) -> Labels | list[Labels]:
+        if node.target is operator.getitem:
+            source, index = self.values[as_node(node.args[0])], as_int(node.args[1])
+            return source[index] if isinstance(source, list) else source
+        name, self._node = operator_name(node), node
+        if node.meta["mutates_view"] and name not in ELEMENTWISE:
+            return self.freeze_inputs(node, f"{name} changes a view in place")
+        if name not in RULES:
+            return self.freeze_inputs(node, f"operator {name} has no rule")
+        return RULES[name](self, node)
 
 
 def results_without_channels(node: fx.Node) -> Labels | list[Labels]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fxslim.errors import TraceError
 from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
 from fxslim.graph.inputs import Inputs, output_tensors
-from fxslim.graph.model_state import ModelState
+from fxslim.graph.model_state import HookState, ModelState
 
 # Arguments that are written down as they are.
 _PLAIN = (int, float, str)
@@ -143,7 +143,7 @@ def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Set train or eval mode; afterwards modes, buffers, attributes and random state are as they were."""
-    before = ModelState(model)
+    before, hooks = ModelState(model), HookState(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(training)
@@ -151,6 +151,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
             yield
     finally:
         before.restore()
+        hooks.restore()
 
 
 @contextlib.contextmanager

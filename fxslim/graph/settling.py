@@ -74,7 +74,7 @@ class Arranger:
         whole = self.propagation.decisions.whole
         for checks in ([failed], related):
             read = [leaf.node for c in checks for leaf in leaves(c.expression) if isinstance(leaf, Extent)]
-            nodes = [*(node for c in checks for node in c.node.all_input_nodes), *read]
+            nodes = [*(node for c in checks for node in (*c.node.all_input_nodes, c.node)), *read]
             if any(node not in whole for node in nodes):
                 return Conflict(reason=reason, whole=tuple(nodes))
         return Conflict(reason=reason)

@@ -78,7 +78,11 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
             nothing = line[:0]
             balance_counts(propagation, node, size_given(node, d), line)
             follow_count(propagation, node, size_given(node, d), nothing, static=node.meta["shape"][d])
-    return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
+    if len(varying) > 1:
+        ids = _split(propagation, node, ids, varying, dim)
+        if dim < varying[-1]:
+            propagation.heads.append(ids)
+    return dim, ids
 
 
 # What lies between the view that makes heads and the product of queries and keys.
