@@ -100,10 +100,10 @@ def settle(model: nn.Module, generator: torch.Generator) -> None:
     """Running statistics near those of real activations: a deep model neither fades nor turns chaotic."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        norm.momentum, norm.training = 1.0, True
+        norm.momentum = 1.0
+    model.train()
     with torch.no_grad():
-        features = model.eval().backbone.train()(torch.randn(2, 3, 128, 128, generator=generator))
-    assert features
+        model.backbone(torch.randn(2, 3, 320, 320, generator=generator))
     for norm in norms:
         norm.momentum = 0.1
         spread = norm.running_var.clamp(min=0.1)

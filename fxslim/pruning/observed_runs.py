@@ -32,6 +32,10 @@ class Observation:
     decisions: Sequence[Decision] = ()
     repeated: RepeatedDecisions | None = None
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [value.shape for _, value in self.outputs]
+
 
 class _NoDropout(TorchFunctionMode):
     """Which entries are dropped depends on the number of channels."""

@@ -88,6 +88,8 @@ class _Comparison:
             if b.shape != c.shape:
                 named = f" of {where}" if where != MODEL else ""
                 self._differ(f"output shapes{named} differ: {tuple(b.shape)}, pruned {tuple(c.shape)}")
+            if not b.numel():
+                self.notes[f"an output of {where} has no entries: what makes it was not compared"] = None
             self._add(b, c)
         if got.repeated is not None:
             for b, c in got.repeated.compared:
@@ -109,8 +111,10 @@ class _Comparison:
     def see_effect(self, whole: Observation, twin: Observation) -> None:
         """What the removal changes in what is compared."""
         for (_, a), (_, b) in zip(whole.outputs, twin.outputs, strict=False):
-            if a.numel() and a.shape == b.shape:
-                self.effect = max(self.effect, _largest_difference(a, b) / max(_largest(a), 1e-300))
+            if a.shape == b.shape:
+                # Where decisions are not its own, the original may divide by 0.
+                both = a.isfinite() & b.isfinite()
+                self.effect = max(self.effect, _largest(a[both] - b[both]) / max(_largest(a), 1e-300))
 
     def outcome(self, must_be_seen: bool) -> Verification:
         notes = list(self.notes)
@@ -123,7 +127,8 @@ class _Comparison:
             parts = [f"{self.compared.pop(MODEL, 0)} outputs"]
             if taken := self.compared.pop(DECISIONS, 0):
                 parts.append(f"the values behind {taken} decisions, which were the twin's")
-            parts += [f"{count} outputs of {where}" for where, count in self.compared.items()]
+            named = [f"{count} outputs of {where}" for where, count in self.compared.items()]
+            parts += named[:4] + [f"those of {len(named) - 4} more"] * (len(named) > 4)
             notes.append("compared: " + ", ".join(parts))
         return Verification(
             ok=self.relative <= TOLERANCE and not vacuous,
@@ -169,7 +174,8 @@ def verify_cuts(
             got = observe(pruned, wide, training=training, at=at, decisions=want.decisions)
         except Exception as error:
             return _broken(f"the pruned model does not run: {type(error).__name__}: {error}")
-        if want.decisions:
+        if whole.shapes != want.shapes:
+            # Other boxes were found: the same ones are comparable.
             whole = observe(original, wide, training=training, at=at, decisions=want.decisions)
         comparison.compare(want, got)
         comparison.see_effect(whole, want)
