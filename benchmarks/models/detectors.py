@@ -69,7 +69,7 @@ def _settings(name: str) -> dict[str, Any]:
 def raw_outputs(model: nn.Module) -> tuple[str, ...]:
     """Names of the layers that make raw outputs."""
     last = [f"head.{kind}_head.module_list" for kind in ("classification", "regression")]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)]
     found = [name for name in names if name in RAW_OUTPUTS]
     for start in last:
         inside = [name for name in names if name.startswith(start)]
