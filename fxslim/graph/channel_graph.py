@@ -110,8 +110,10 @@ class ChannelGraph:
         return f"<table><tr><th>group</th><th>channels</th><th>layers</th></tr>{rows}</table>"
 
 
-def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
+def trace(model: nn.Module, inputs: Any, *, train_inputs: Any = None) -> ChannelGraph:
     """Record the model on example inputs and find its groups of channels.
+
+    ``train_inputs`` are example inputs of its train mode, where that needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -124,7 +126,11 @@ def trace(model: nn.Module, inputs: Any) -> ChannelGraph:
     # Under inference_mode nothing would be recorded.
     with torch.inference_mode(False):
         recordings = [record(model, example) for example in examples]
-        notes = _record_training(model, recordings, examples[0])
+        if train_inputs is None:
+            notes = _record_training(model, recordings, examples[0])
+        else:
+            recordings += [record(model, example, training=True) for example in as_inputs(train_inputs)]
+            notes = []
     return _graph_of(model, settle(model, recordings), tuple(notes))
 
 
@@ -163,7 +169,10 @@ def _record_training(model: nn.Module, recordings: list[Recording], example: Inp
     try:
         recordings.append(record(model, doubled, training=True))
     except TraceError as error:
-        return [f"the training forward could not be recorded: {error}"]
+        return [
+            f"the training forward could not be recorded: {error}; if train mode needs other inputs, such as targets, "
+            "give an example of them: train_inputs="
+        ]
     return []
 
 

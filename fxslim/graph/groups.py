@@ -168,8 +168,7 @@ def distinct_balances(balances: Iterable[Ids]) -> list[Ids]:
     for rows in balances:
         different = {row.tobytes(): row for row in np.sort(rows, axis=1)}
         if len(different) > 1:
-            kept = np.stack([different[key] for key in sorted(different)])
-            found.setdefault(kept.tobytes(), kept)
+            found.setdefault(b"".join(sorted(different)), np.stack(list(different.values())))
     return list(found.values())
 
 

@@ -17,10 +17,10 @@ from fxslim.graph.labels import Ids, Labels
 from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name
 from fxslim.graph.recording import Recording
 from fxslim.graph.rules.movement import permuted_axes
+from fxslim.graph.slots import SlotKey
 
-SlotKey = tuple[str, int]
-# A vector that a parameter's dim follows at one operator: (slot, labels, blocks).
-Use = tuple[SlotKey, Ids, int]
+# A vector that a parameter's dim follows at one operator: (slot, labels, blocks); no slot: only the blocks must hold.
+Use = tuple[SlotKey | None, Ids, int]
 
 PERMUTING = frozenset(["permute", "transpose", "t", "numpy_T"])
 RESHAPING = frozenset("unsqueeze squeeze view _unsafe_view reshape _reshape_alias flatten unflatten".split())
@@ -64,7 +64,7 @@ class KeptOrder:
                 if node in self.layouts:
                     return Misorder(node=node, splits=self.sources[node])
         for node, key, line, blocks in self.propagation.uses:
-            if key in self.slots and self._order_at(node, line, blocks) != self.slots[key]:
+            if key is not None and key in self.slots and self._order_at(node, line, blocks) != self.slots[key]:
                 return Misorder(node=node, splits=frozenset().union(*self.sources.values()))
         return None
 
@@ -82,7 +82,7 @@ class KeptOrder:
             return True
         for key, line, blocks in uses:
             order = self._order_at(node, line, blocks)
-            if order is None or self.slots.setdefault(key, order) != order:
+            if order is None or (key is not None and self.slots.setdefault(key, order) != order):
                 return False
         labels = self.propagation.values.get(node)
         if not isinstance(labels, Labels) or not labels.labelled:

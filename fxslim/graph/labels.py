@@ -58,8 +58,10 @@ def along(shape: tuple[int, ...], dim: int, line: Ids) -> Labels:
 
 
 def compressed(labels: Labels) -> Labels:
-    """The same labels with size 1 wherever they are constant."""
+    """The same labels with size 1 wherever they are constant; where there are no entries there are no channels."""
     ids = labels.ids
+    if not ids.size:
+        return fixed(labels.shape)
     for d in range(ids.ndim):
         if ids.shape[d] > 1:
             first = ids.take([0], axis=d)

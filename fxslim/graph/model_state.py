@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a forward may change in a model besides its outputs: modes, buffers, plain attributes."""
 
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -9,24 +10,23 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (list, dict, set)
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+_CODE = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
 
 
 class ModelState:
     """Modes, buffers and attributes of all modules, as they are now; ``restore`` may be called any number of times.
 
-    Lists, dicts and sets among the attributes get their items back; what is inside of those is not looked at.
+    Lists, dicts and sets among the attributes get their items back, and other objects, such as a configuration, their
+    own attributes; what is inside of those is not looked at.
     Torch's switch for fast attention, which recording turns off, is remembered too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.fast_path = torch.backends.mha.get_fastpath_enabled()
         self.modules = [(m, _attributes(m), dict(m._buffers)) for m in model.modules()]
-        self.contents = [
-            (value, value.copy())
-            for _, attributes, _ in self.modules
-            for value in attributes.values()
-            if type(value) in _CONTAINERS
-        ]
+        held = {id(value): value for _, attributes, _ in self.modules for value in attributes.values()}
+        self.contents = [(inside, inside.copy()) for value in held.values() if (inside := _inside(value)) is not None]
         self.buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
     def restore(self) -> None:
@@ -50,6 +50,27 @@ class ModelState:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _INTERNALS}
+
+
+def _inside(value: Any) -> Any:
+    """What can be changed in an attribute: the items of a container, the attributes of an object."""
+    if type(value) in _CONTAINERS:
+        return value
+    return None if isinstance(value, _CODE) else getattr(value, "__dict__", None)
+
+
+class HookState:
+    """The hooks of all modules: a forward may add some, and note in an attribute that it has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [getattr(module, name) for module in model.modules() for name in _HOOKS]
+        self.contents = [(hooks, hooks.copy()) for hooks in held]
+
+    def restore(self) -> None:
+        """Take away what was added."""
+        for hooks, before in self.contents:
+            if hooks.keys() != before.keys():
+                _refill(hooks, before)
 
 
 def _refill(container: Any, items: Any) -> None:

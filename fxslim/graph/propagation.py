@@ -15,7 +15,7 @@ from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
-from fxslim.graph.slots import LayerCall, Slot, owner
+from fxslim.graph.slots import LayerCall, Slot, SlotKey, owner
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -66,6 +66,7 @@ class Conflict:
     reason: str
     tied: frozenset[fx.Node] = frozenset()
     whole: tuple[fx.Node, ...] = ()
+    single: tuple[fx.Node, ...] = ()
     even: tuple[tuple[fx.Node, fx.Node], ...] = ()
     narrow: frozenset[fx.Node] = frozenset()
 
@@ -73,13 +74,14 @@ class Conflict:
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels; views that make
-    heads, which stay and get narrower.
+    as the others; views whose rows lose the very same entries; values that keep all their channels; those that are
+    one head for several others; and views that make heads, which stay and get narrower.
     """
 
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
+    single: frozenset[fx.Node] = frozenset()
     narrow: frozenset[fx.Node] = frozenset()
 
     def after(self, *conflicts: Conflict) -> "Decisions":
@@ -87,16 +89,13 @@ class Decisions:
         more = Decisions(
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
+            single=self.single.union(*(conflict.single for conflict in conflicts)),
             whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
             narrow=self.narrow.union(*(conflict.narrow for conflict in conflicts)),
         )
-        if more.count == self.count:
+        if more == self:
             raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
         return more
-
-    @property
-    def count(self) -> int:
-        return len(self.even) + len(self.tied) + len(self.whole) + len(self.narrow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ class Propagation:
         self.splits: dict[fx.Node, Ids] = {}
         self.reshapes: dict[fx.Node, Reshape] = {}
         self.parts: dict[fx.Node, Part] = {}
-        self.uses: list[tuple[fx.Node, tuple[str, int], Ids, int]] = []
+        self.uses: list[tuple[fx.Node, SlotKey | None, Ids, int]] = []
         self.checks: list[SizeCheck] = []
         # Views that make heads of which whole ones go, and labels of heads that get narrower.
         self.heads: dict[fx.Node, Ids] = {}
@@ -219,9 +218,12 @@ class Propagation:
             self.uses.append((self._node, slot.key, slot.ids if ids is None else ids, blocks))
         return slot
 
-    def count(
-        self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[tuple[str, int], ...]
-    ) -> None:
+    def group(self, node: fx.Node, line: Ids, groups: int, reason: str) -> None:
+        """An operator works on groups of channels: equally many stay in each, and none changes its group."""
+        self.space.balance(line.reshape(groups, -1), reason)
+        self.uses.append((node, None, line, groups))
+
+    def count(self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[SlotKey, ...]) -> None:
         """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
         if self.batch == 0:
             # The first layer tells which size is the batch; an unbatched one has none.
@@ -291,26 +293,34 @@ class Propagation:
         self.input_sizes = {size for node in recording.inputs for size in node.meta["shape"][:2]}
         self.batch = 0
         for node in recording.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target is operator.getitem:
-                source, index = self.values[as_node(node.args[0])], as_int(node.args[1])
-                self.values[node] = source[index] if isinstance(source, list) else source
-                continue
-            name, self._node = operator_name(node), node
-            if node.meta["mutates_view"] and name not in ELEMENTWISE:
-                self.values[node] = self.freeze_inputs(node, f"{name} changes a view in place")
-            elif name not in RULES:
-                self.values[node] = self.freeze_inputs(node, f"operator {name} has no rule")
-            else:
-                self.values[node] = RULES[name](self, node)
+            if node.op == "call_function":
+                made = self._labels_after(node)
+                if node in self.decisions.single and isinstance(made, Labels):
+                    self.freeze(made, node, "one head for several")
+                    made = fixed(made.shape)
+                self.values[node] = made
         self._node = None
         for node, reason in self.decisions.whole.items():
             value = self.values.get(node)
             if isinstance(value, Labels):
                 self.freeze(value, node, reason)
+        found = self.space.freezes
+        self.space.freezes = []
         for node in recording.outputs:
             self.freeze(self.labels(node), node, "model output")
+        # Said first: nothing can lift it.
+        self.space.freezes += found
+
+    def _labels_after(self, node: fx.Node) -> Labels | list[Labels]:
+        if node.target is operator.getitem:
+            source, index = self.values[as_node(node.args[0])], as_int(node.args[1])
+            return source[index] if isinstance(source, list) else source
+        name, self._node = operator_name(node), node
+        if node.meta["mutates_view"] and name not in ELEMENTWISE:
+            return self.freeze_inputs(node, f"{name} changes a view in place")
+        if name not in RULES:
+            return self.freeze_inputs(node, f"operator {name} has no rule")
+        return RULES[name](self, node)
 
 
 def results_without_channels(node: fx.Node) -> Labels | list[Labels]:
@@ -349,7 +359,8 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
     if chosen is None:
         return fixed(shape)
     for operand in aligned:
-        if not operand.labelled and any(
+        # One that is a single label over several entries was frozen above: those entries stay.
+        if not operand.varying and any(
             operand.shape[d] > 1 and not propagation.space.keeps_rows(chosen, d) for d in chosen.varying
         ):
             propagation.freeze(chosen, node, "combined with values that are no channels")

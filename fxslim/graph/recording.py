@@ -11,17 +11,20 @@ import operator
 import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fxslim.errors import TraceError
 from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
 from fxslim.graph.inputs import Inputs, output_tensors
-from fxslim.graph.model_state import ModelState
+from fxslim.graph.model_state import HookState, ModelState
+
+# Arguments that are written down as they are.
+_PLAIN = (int, float, str)
 
 
 class _Recorder(TorchDispatchMode):
@@ -30,33 +33,44 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, module_stack: list[str]) -> None:
         super().__init__()
         self.graph = fx.Graph()
-        self.nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._nodes: dict[int, tuple[ReferenceType[Tensor], fx.Node]] = {}
         self.states = {id(t): name for name, t in named_states(model)}
         self.functions = CalledFunctions(self.node_of, self.take_whole)
         self.inside_whole = False
         self.module_stack = module_stack
 
-    def node_of(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value if isinstance(value, int | float | bool | str | type(None)) else repr(value)
-        if value not in self.nodes:
+    def known_node(self, value: Tensor) -> fx.Node | None:
+        """The node that made a tensor; a dead tensor's id may have been given to another one."""
+        reference, node = self._nodes.get(id(value), (None, None))
+        return node if reference is not None and reference() is value else None
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        """The node that made a tensor; else it is a parameter, a buffer or a constant."""
+        node = self.known_node(value)
+        if node is None:
             name = self.states.get(id(value))
-            node = self.graph.create_node("get_attr", name) if name else self.graph.placeholder("constant")
+            node = self._new_node("get_attr", name, name) if name else self._new_node("placeholder", "constant")
             self._remember(node, value)
-        return self.nodes[value]
+        return node
+
+    def _new_node(self, op: str, target: Any, name: str = "") -> fx.Node:
+        """A node without arguments: create_node would search them for symbolic sizes, and names for capitals."""
+        return self.graph.create_node(op, target, name=name.replace(".", "_") or target)
 
     def _written_down(self, value: Any) -> Any:
         """An argument with nodes for tensors."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
         if isinstance(value, list | tuple):
             items = [self._written_down(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
-        return self.node_of(value)
+        return value if value is None or isinstance(value, _PLAIN) else repr(value)
 
     def _remember(self, node: fx.Node, value: Tensor) -> None:
         node.meta["shape"] = tuple(value.shape)
         node.meta["is_mask"] = value.dtype in (torch.bool, torch.uint8)
         node.meta["stride"] = value.stride() if value.layout == torch.strided else ()
-        self.nodes[value] = node
+        self._nodes[id(value)] = ref(value), node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,8 +94,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _write(self, func: Any, inputs: Any, result: Any, *, mutates_view: bool) -> None:
-        # Arguments are set afterwards: create_node would search them for symbolic sizes first.
-        node = self.graph.create_node("call_function", func)
+        node = self._new_node("call_function", func, getattr(func, "__name__", "function"))
         node.args, node.kwargs = inputs
         node.meta["call"] = self.functions.current
         node.meta["module"] = self.module_stack[-1] if self.module_stack else ""
@@ -94,7 +107,9 @@ class _Recorder(TorchDispatchMode):
         if isinstance(result, tuple | list):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
-                    self._remember(self.graph.call_function(operator.getitem, (node, i)), item)
+                    taken = self._new_node("call_function", operator.getitem, "getitem")
+                    taken.args = (node, i)
+                    self._remember(taken, item)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -128,7 +143,7 @@ def named_states(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Set train or eval mode; afterwards modes, buffers, attributes and random state are as they were."""
-    before = ModelState(model)
+    before, hooks = ModelState(model), HookState(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(training)
@@ -136,6 +151,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
             yield
     finally:
         before.restore()
+        hooks.restore()
 
 
 @contextlib.contextmanager
@@ -174,7 +190,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
     input_nodes = []
     for value in given:
-        node = recorder.graph.placeholder("input")
+        node = recorder._new_node("placeholder", "input")
         recorder._remember(node, value)
         input_nodes.append(node)
     with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, module_stack):
@@ -190,4 +206,5 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
     leaves = output_tensors(outputs)
     if not leaves:
         raise TraceError(f"the model returned no tensor for {inputs}, but {type(outputs).__name__}")
-    return Recording(recorder.graph, input_nodes, [recorder.nodes[v] for v in leaves if v in recorder.nodes])
+    made = [recorder.known_node(leaf) for leaf in leaves]
+    return Recording(recorder.graph, input_nodes, [found for found in made if found is not None])

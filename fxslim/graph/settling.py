@@ -13,11 +13,11 @@ import numpy as np
 from torch import nn
 
 from fxslim.graph.groups import ResolvedLabels, affordable, removal_steps
-from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder, SlotKey
+from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
-from fxslim.graph.slots import LayerCall
+from fxslim.graph.slots import LayerCall, SlotKey
 from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
 
 
@@ -74,7 +74,7 @@ class Arranger:
         whole = self.propagation.decisions.whole
         for checks in ([failed], related):
             read = [leaf.node for c in checks for leaf in leaves(c.expression) if isinstance(leaf, Extent)]
-            nodes = [*(node for c in checks for node in c.node.all_input_nodes), *read]
+            nodes = [*(node for c in checks for node in (*c.node.all_input_nodes, c.node)), *read]
             if any(node not in whole for node in nodes):
                 return Conflict(reason=reason, whole=tuple(nodes))
         return Conflict(reason=reason)

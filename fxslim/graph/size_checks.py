@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.labels import Ids, Labels
 from fxslim.graph.surgery.attributes import new_attributes
 from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, solve
@@ -100,7 +101,8 @@ class NewSizes:
                 if prefix + n in self.states
             }
             whole = len(new) == len(local) and bool(local)
-            self._families[name] = new_attributes(module, new) if whole else {}
+            computed = "" in find_computed_layers(module)
+            self._families[name] = new_attributes(module, new) if whole and not computed else {}
         return self._families[name]
 
     def failed(self, checks: list[SizeCheck]) -> tuple[SizeCheck, str] | None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fxslim.graph.labels import Ids
 
+# A state by name, and one of its dims.
+SlotKey = tuple[str, int]
+
 
 def owner(name: str) -> str:
     """The layer that a parameter or buffer belongs to; a parametrization is part of its layer.
@@ -36,7 +39,7 @@ class Slot:
     role: str = "follower"
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> SlotKey:
         return self.name, self.dim
 
 
@@ -47,7 +50,7 @@ class LayerCall:
     name: str
     macs: int
     # Slots whose share of kept entries each multiplies the cost.
-    factors: tuple[tuple[str, int], ...]
+    factors: tuple[SlotKey, ...]
 
 
 class Place(Protocol):

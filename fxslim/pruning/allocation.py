@@ -9,6 +9,7 @@ import numpy as np
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.groups import affordable, removal_steps
+from fxslim.graph.slots import SlotKey
 
 TARGETS = ("macs", "params", "channels")
 
@@ -31,19 +32,18 @@ class Removals:
         self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
         for i, step in enumerate(self.steps):
             self.rank[step] = i
-        self.slot_ranks = self._sorted_ranks()
+        self.sorted_ranks = self._sorted_ranks()
 
-    def _sorted_ranks(self) -> dict[tuple[str, int], np.ndarray]:
-        """The ranks of each slot's entries, ascending; many slots hold the same channels."""
-        known: dict[bytes, np.ndarray] = {}
-        found = {}
+    def _sorted_ranks(self) -> list[tuple[np.ndarray, list[SlotKey]]]:
+        """The ranks of channels, ascending, and the slots that hold just these: many slots hold the same."""
+        found: dict[bytes, tuple[np.ndarray, list[SlotKey]]] = {}
         for slot in self.graph.resolved.slots:
             channels = self.graph.resolved.of(slot)
             key = channels.tobytes()
-            if key not in known:
-                known[key] = np.sort(self.rank[channels])
-            found[slot.key] = known[key]
-        return found
+            if key not in found:
+                found[key] = np.sort(self.rank[channels]), []
+            found[key][1].append(slot.key)
+        return list(found.values())
 
     def removed_share(self, count: int, target: str) -> float:
         """The fraction of the target that the first ``count`` removals take away."""
@@ -51,9 +51,10 @@ class Removals:
         if target == "channels":
             total = sum(map(len, self.graph.groups))
             return sum(map(len, self.steps[:count])) / max(total, 1)
-        shares = {}
-        for key, ranks in self.slot_ranks.items():
-            shares[key] = 1 - float(np.searchsorted(ranks, count)) / max(len(ranks), 1)
+        shares: dict[SlotKey, float] = {}
+        for ranks, keys in self.sorted_ranks:
+            share = 1 - float(ranks.searchsorted(count)) / max(len(ranks), 1)
+            shares.update(dict.fromkeys(keys, share))
         if target == "macs":
             return 1 - cost.macs_with(shares) / max(cost.macs, 1)
         return 1 - cost.params_with(shares) / max(cost.params, 1)

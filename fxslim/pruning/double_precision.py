@@ -48,7 +48,16 @@ def _uncopied(model: nn.Module) -> str:
 
 
 class _EveryFloatIsDouble(TorchFunctionMode):
+    """Floats are float64, but say that they are ``usual``: code that asks for that dtype, and no other, goes on."""
+
+    def __init__(self, usual: torch.dtype) -> None:
+        super().__init__()
+        self.usual = usual
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__self__", None) is torch.Tensor.dtype:
+            dtype = func(*args)
+            return self.usual if dtype == torch.float64 else dtype
         if getattr(func, "__name__", "") in _CASTS and isinstance(args[0], Tensor):
             return args[0].double()
         args, kwargs = tree_map(_widest, (args, kwargs or {}))
@@ -67,7 +76,7 @@ def in_double() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _EveryFloatIsDouble():
+        with _EveryFloatIsDouble(default):
             yield
     finally:
         torch.set_default_dtype(default)

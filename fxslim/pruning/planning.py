@@ -4,6 +4,7 @@
 import fnmatch
 import numbers
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,13 @@ def plan_pruning(
     skip: Iterable[str | type] = (),
     max_ratio: float = 0.9,
     seed: int = 0,
+    train_inputs: Any = None,
 ) -> PruningPlan:
     """Decide which channels to remove so that ``ratio`` of the target (macs, params or channels) goes.
 
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
-    model's own output stays by itself. Print the plan to see what it does.
+    model's own output stays by itself. ``train_inputs`` are example inputs of train mode, where that needs others
+    (a detector's targets). Print the plan to see what it does.
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -49,7 +52,7 @@ def plan_pruning(
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     model = without_compile_wrapper(model)
-    graph = trace(model, inputs)
+    graph = trace(model, inputs, train_inputs=train_inputs)
     while True:
         if not graph.groups and ratio > 0:
             raise PlanError(f"no channels can be removed:\n{graph.report()}")
@@ -58,7 +61,8 @@ def plan_pruning(
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
-            return removal_plan(graph, kept, arrangement, inputs)
+            plan = removal_plan(graph, kept, arrangement, inputs)
+            return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
         graph = graph.without(model, arrangement)
 
 

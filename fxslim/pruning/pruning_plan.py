@@ -67,6 +67,8 @@ class PruningPlan:
     notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
+    # The same for train mode, where it was given.
+    train_inputs: tuple[Inputs, ...] = ()
 
     @classmethod
     def from_masks(cls, model: nn.Module, inputs: Any, masks: WeightMasks) -> "PruningPlan":
@@ -150,19 +152,20 @@ class PruningPlan:
     def _try_forwards(self, model: nn.Module, changes: Changes) -> None:
         """Run the model on the plan's example inputs; one that fails uncut too is not the plan's fault."""
         has_values = not any(parameter.is_meta for parameter in model.parameters())
-        for inputs in self.inputs:
-            failure = _failure(model, inputs) if has_values and inputs.have_values else None
+        tries = [(inputs, False) for inputs in self.inputs] + [(inputs, True) for inputs in self.train_inputs]
+        for inputs, training in tries:
+            failure = _failure(model, inputs, training) if has_values and inputs.have_values else None
             if failure is None:
                 continue
             changes.undo()
-            uncut = _failure(model, inputs)
+            uncut = _failure(model, inputs, training)
             if uncut is not None:
                 raise TraceError(
                     f"the model's own forward fails on the plan's example inputs {inputs} (nothing was changed): "
                     f"{type(uncut).__name__}: {uncut}"
                 ) from uncut
             raise PlanError(
-                f"the pruned model's forward failed ({type(failure).__name__}: {failure}); it reads a size that is "
+                f"the pruned model's forward failed{' in train mode' * training} ({type(failure).__name__}: {failure}); it reads a size that is "
                 "written as a number. Nothing was changed. Name the layers around it in skip="
             ) from failure
 
@@ -224,9 +227,13 @@ class PruningPlan:
         folds = [Fold(weight=names[fold.weight], into=names[fold.into]) for fold in self.folds]
         return folded_values(model, _renamed(self.cuts, names), _renamed(self.zeros, names), folds, self.inputs)
 
-    def verify(self, model: nn.Module, inputs: Any) -> Verification:
+    def verify(
+        self, model: nn.Module, inputs: Any, *, at: Iterable[str] = (), train_inputs: Any = None
+    ) -> Verification:
         """Prove that the pruned model computes what the model computes with the removed channels silenced.
 
+        ``at``: names and globs of modules whose outputs are compared too, such as a detector's heads, whose boxes
+        are chosen afterwards. ``train_inputs`` are compared in train mode, without dropout.
         A plan made from masks: what the model computes with the masked entries at 0.
         """
         model, names = self._names_in(model)
@@ -238,6 +245,8 @@ class PruningPlan:
                 new_sizes=self.new_sizes,
                 zeros=None if self.zeros is None else _renamed(self.zeros, names),
                 values=self._folded(model, names),
+                at=at,
+                train_inputs=train_inputs,
             )
 
     def save(self, path: str | Path) -> None:
@@ -309,10 +318,10 @@ class PruningPlan:
         return f"<table><tr><th>group</th><th>before</th><th>after</th></tr>{rows}</table>"
 
 
-def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
+def _failure(model: nn.Module, inputs: Inputs, training: bool) -> Exception | None:
     """What a forward raises, if anything."""
     try:
-        with undisturbed(model, training=False), torch.no_grad():
+        with undisturbed(model, training=training), torch.no_grad():
             inputs.copied().run(model)
     except Exception as error:
         return error

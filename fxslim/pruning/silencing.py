@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Removed channels as zeros in the full-size model: which entries they are, and norms that leave them out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from fxslim.graph.recording import named_states
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.written_norms import AVERAGES, channel_vectors
 
 
 def removed_entries(cut: Cut, shape: tuple[int, ...]) -> Tensor:
@@ -44,17 +45,24 @@ def silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
 class NormsOverKept(TorchFunctionMode):
     """Norms whose weight is cut average over the kept channels only, as they will in the pruned model.
 
-    A norm without a weight is known by its module, which hooks tell while the mode is on.
+    A norm without a weight is known by its module, which hooks tell while the mode is on; so is one that a user
+    wrote: where a module that has vectors only, which are cut, averages over a dim as long as they are.
     """
 
     FUNCTIONS = ("layer_norm", "rms_norm", "group_norm")
 
     def __init__(self, model: nn.Module, cuts: Iterable[Cut]) -> None:
         super().__init__()
+        cuts = list(cuts)
         known: dict[str, object] = dict(named_states(model))
         known |= {name: module for name, module, size in find_unweighted_norms(model) if size != "num_features"}
-        self.kept = {id(known[cut.name]): (cut.dim, torch.tensor(cut.keep)) for cut in cuts if cut.name in known}
+        # In the order of the full-size model, so that each group of a group norm is still made of its own channels.
+        self.kept = {
+            id(known[cut.name]): (cut.dim, torch.tensor(sorted(cut.keep))) for cut in cuts if cut.name in known
+        }
         self.modules = [m for m in known.values() if isinstance(m, nn.Module) and id(m) in self.kept]
+        self.averaging = dict(_averaging(model, cuts))
+        self.modules += [m for m in model.modules() if id(m) in self.averaging]
         self.inside: list[nn.Module] = []
         self.handles: list[RemovableHandle] = []
 
@@ -75,6 +83,8 @@ class NormsOverKept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in AVERAGES and self.inside:
+            return func(self._kept_of(name, args, kwargs), *args[1:], **kwargs)
         if name not in self.FUNCTIONS:
             return func(*args, **kwargs)
         x, groups_or_shape = args[0], args[1]
@@ -93,3 +103,25 @@ class NormsOverKept(TorchFunctionMode):
 
         rest, named = [cut(value) for value in args[2:]], {key: cut(value) for key, value in kwargs.items()}
         return torch.zeros_like(x).index_copy(dim, index, func(part, second, *rest, **named))
+
+    def _kept_of(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What a mean is taken of: the kept entries only, where it runs over the channels of a norm."""
+        size, index = self.averaging.get(id(self.inside[-1]), (0, torch.empty(0)))
+        x, place = args[0], 2 if "norm" in name else 1
+        given = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+        if given is None or isinstance(given, bool):
+            given = range(x.dim())
+        dims = {d % x.dim() for d in (given if isinstance(given, Iterable) else [given])}
+        over = [d for d in dims if x.shape[d] == size]
+        return x.index_select(over[0], index.to(x.device)) if len(over) == 1 else x
+
+
+def _averaging(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[tuple[int, tuple[int, Tensor]]]:
+    """Modules whose vectors are cut, all alike: the length of the vectors, and what stays of them."""
+    keep = {cut.name: cut.keep for cut in cuts}
+    for name, module in model.named_modules():
+        vectors = [(f"{name}.{own}".lstrip("."), size) for own, _, size in channel_vectors(module)]
+        kept = {(size, keep[vector]) for vector, size in vectors if vector in keep}
+        if len(kept) == 1:
+            ((size, entries),) = kept
+            yield id(module), (size, torch.tensor(entries))

@@ -5,7 +5,8 @@ The twin knows only (parameter, dim, indices), never the graph: all entries that
 to 0 in the full-size model, and norms that average over channels average over the kept ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import TraceError
-from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
-from fxslim.graph.recording import undisturbed
+from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
-from fxslim.pruning.double_precision import double_copy, in_double
+from fxslim.pruning.double_precision import double_copy
+from fxslim.pruning.observed_runs import MODEL, Observation, modules_at, observe
 from fxslim.pruning.silencing import NormsOverKept, silence
 
 # Relative to the largest output of the twin.
 TOLERANCE = 1e-9
 VISIBLE = 1e-3
+DECISIONS = "decisions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +44,9 @@ class Verification:
         return "\n".join([text, *self.notes])
 
 
-def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors that the model returns, in float64, in eval mode and without gradient."""
-    with undisturbed(model, training=False), torch.no_grad(), in_double():
-        leaves = output_tensors(inputs.copied().run(model))
-    leaves = [torch.view_as_real(value) if value.is_complex() else value for value in leaves]
-    return [value.double() for value in leaves]
-
-
-def _whole_outputs(model: nn.Module, wide: Inputs, example: Inputs) -> list[Tensor]:
+def _whole(model: nn.Module, example: Inputs, training: bool, at: Sequence[str]) -> Observation:
     try:
-        return outputs_of(model, wide)
+        return observe(model, example.in_double(), training=training, at=at)
     except Exception as error:
         raise TraceError(
             f"verify compares in float64, and the model's own forward fails there with {example}: "
@@ -77,6 +71,74 @@ def _broken(note: str) -> Verification:
     return Verification(ok=False, max_abs_diff=infinite, relative=infinite, effect=infinite, notes=(note,))
 
 
+class _Comparison:
+    """The largest differences so far, what they are of, and how large the effect of the removal is."""
+
+    def __init__(self) -> None:
+        self.worst, self.relative, self.effect = 0.0, 0.0, 0.0
+        self.notes: dict[str, None] = {}
+        self.compared: Counter[str] = Counter()
+
+    def compare(self, want: Observation, got: Observation) -> None:
+        """Each tensor by its own scale: a large one must not hide an error in another."""
+        if len(want.outputs) != len(got.outputs):
+            self._differ(f"the pruned model returns {len(got.outputs)} tensors, not {len(want.outputs)}")
+        for (where, b), (_, c) in zip(want.outputs, got.outputs, strict=False):
+            self.compared[where] += 1
+            if b.shape != c.shape:
+                named = f" of {where}" if where != MODEL else ""
+                self._differ(f"output shapes{named} differ: {tuple(b.shape)}, pruned {tuple(c.shape)}")
+            if not b.numel():
+                self.notes[f"an output of {where} has no entries: what makes it was not compared"] = None
+            self._add(b, c)
+        if got.repeated is not None:
+            for b, c in got.repeated.compared:
+                self._add(b, c)
+            self.compared[DECISIONS] += got.repeated.next
+            if got.repeated.strayed:
+                self.notes[f"the pruned model decides other things: {got.repeated.strayed}"] = None
+
+    def _differ(self, note: str) -> None:
+        self.notes[note] = None
+        self.worst = self.relative = float("inf")
+
+    def _add(self, b: Tensor, c: Tensor) -> None:
+        if b.numel() and b.shape == c.shape:
+            difference = _largest_difference(b, c)
+            self.worst = max(self.worst, difference)
+            self.relative = max(self.relative, difference / max(_largest(b), 1e-300))
+
+    def see_effect(self, whole: Observation, twin: Observation) -> None:
+        """What the removal changes in what is compared."""
+        for (_, a), (_, b) in zip(whole.outputs, twin.outputs, strict=False):
+            if a.shape == b.shape:
+                # Where decisions are not its own, the original may divide by 0.
+                both = a.isfinite() & b.isfinite()
+                self.effect = max(self.effect, _largest(a[both] - b[both]) / max(_largest(a), 1e-300))
+
+    def outcome(self, must_be_seen: bool) -> Verification:
+        notes = list(self.notes)
+        vacuous = must_be_seen and self.effect < VISIBLE
+        if vacuous:
+            notes.append(
+                f"VACUOUS: removing everything changes the output by only {self.effect:.1e}, so it proves little"
+            )
+        if set(self.compared) != {MODEL}:
+            parts = [f"{self.compared.pop(MODEL, 0)} outputs"]
+            if taken := self.compared.pop(DECISIONS, 0):
+                parts.append(f"the values behind {taken} decisions, which were the twin's")
+            named = [f"{count} outputs of {where}" for where, count in self.compared.items()]
+            parts += named[:4] + [f"those of {len(named) - 4} more"] * (len(named) > 4)
+            notes.append("compared: " + ", ".join(parts))
+        return Verification(
+            ok=self.relative <= TOLERANCE and not vacuous,
+            max_abs_diff=self.worst,
+            relative=self.relative,
+            effect=self.effect,
+            notes=tuple(notes),
+        )
+
+
 def verify_cuts(
     model: nn.Module,
     cuts: list[Cut],
@@ -85,12 +147,15 @@ def verify_cuts(
     new_sizes: Sequence[NewAttribute] = (),
     zeros: list[Cut] | None = None,
     values: Mapping[str, Tensor] | None = None,
+    at: Iterable[str] = (),
+    train_inputs: Any = None,
 ) -> Verification:
-    """Compare the pruned model with its silenced twin on each example input.
+    """Compare the pruned model with its silenced twin on each example input, in train mode on ``train_inputs``.
 
     ``zeros`` are the entries that are 0 in the twin where these are not all that are cut, as with masks: their
     removal should change nothing, so it need not be visible. ``values`` are put in before the cut.
     """
+    at = modules_at(model, at)
     original, twin, pruned = (double_copy(model) for _ in range(3))
     silence(twin, cuts if zeros is None else zeros)
     try:
@@ -98,32 +163,20 @@ def verify_cuts(
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
     norms = NormsOverKept(twin, cuts if zeros is None else ())
-    worst, relative, effect, notes = 0.0, 0.0, 0.0, list[str]()
-    for example in as_inputs(inputs):
-        wide = example.in_double()
-        whole = _whole_outputs(original, wide, example)
+    comparison = _Comparison()
+    runs = [(example, False) for example in as_inputs(inputs)]
+    runs += [(example, True) for example in ([] if train_inputs is None else as_inputs(train_inputs))]
+    for example, training in runs:
+        wide, whole = example.in_double(), _whole(original, example, training, at)
+        with norms:
+            want = observe(twin, wide, training=training, at=at)
         try:
-            got = outputs_of(pruned, wide)
+            got = observe(pruned, wide, training=training, at=at, decisions=want.decisions)
         except Exception as error:
             return _broken(f"the pruned model does not run: {type(error).__name__}: {error}")
-        with norms:
-            want = outputs_of(twin, wide)
-        # Each output by its own scale: a large one must not hide an error in another.
-        for a, b, c in zip(whole, want, got, strict=True):
-            if b.shape != c.shape:
-                notes.append(f"output shapes differ: {tuple(b.shape)}, pruned {tuple(c.shape)}")
-                worst = relative = float("inf")
-            elif b.numel():
-                difference = _largest_difference(b, c)
-                worst, relative = max(worst, difference), max(relative, difference / max(_largest(b), 1e-300))
-                effect = max(effect, _largest_difference(a, b) / max(_largest(a), 1e-300))
-    vacuous = zeros is None and effect < VISIBLE
-    if vacuous:
-        notes.append(f"VACUOUS: removing everything changes the output by only {effect:.1e}, so it proves little")
-    return Verification(
-        ok=relative <= TOLERANCE and not vacuous,
-        max_abs_diff=worst,
-        relative=relative,
-        effect=effect,
-        notes=tuple(notes),
-    )
+        if whole.shapes != want.shapes:
+            # Other boxes were found: the same ones are comparable.
+            whole = observe(original, wide, training=training, at=at, decisions=want.decisions)
+        comparison.compare(want, got)
+        comparison.see_effect(whole, want)
+    return comparison.outcome(must_be_seen=zeros is None)

@@ -15,3 +15,4 @@ from fxslim.graph.rules import pixels as pixels
 from fxslim.graph.rules import products as products
 from fxslim.graph.rules import recurrent as recurrent
 from fxslim.graph.rules import reshaping as reshaping
+from fxslim.graph.rules import selection as selection

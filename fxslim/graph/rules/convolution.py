@@ -61,6 +61,6 @@ def _grouped(propagation: Propagation, node: fx.Node, weight: str, line: Ids, gr
     else:
         propagation.slot(weight, 1, line, blocks=groups, role="consumer")
         out = propagation.slot(weight, 0, role="producer").ids
-    propagation.space.balance(line.reshape(groups, -1), f"{groups} groups read by {where}")
+    propagation.group(node, line, groups, f"{groups} groups read by {where}")
     propagation.space.balance(out.reshape(groups, -1), f"{groups} groups made by {where}")
     return out

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators that work on each element by itself."""
 
+import math
+
 from torch import fx
 
-from fxslim.graph.labels import Labels, along, fixed
+from fxslim.graph.labels import Labels
 from fxslim.graph.propagation import Propagation, combined, results_without_channels, rule
-from fxslim.graph.rules.sizes import channels_of, size_given
-from fxslim.graph.tagged_sizes import Extent, TaggedInt
+from fxslim.graph.rules.sizes import repeated
 
 UNARY = """
 relu relu6 gelu sigmoid hardsigmoid tanh silu hardswish hardtanh leaky_relu elu celu selu mish softplus softsign
@@ -42,20 +43,17 @@ def follow(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 @rule(*COMBINING, elementwise=True)
 def combine(propagation: Propagation, node: fx.Node) -> Labels:
     """Labels of the operands, unified."""
-    # Parameters last: where channels along different dims meet, the first ones stay free.
+    # The largest first, parameters last: where channels along different dims meet, the first ones stay free.
     values = sorted((*node.args, *node.kwargs.values()), key=lambda value: propagation.state_name(value) is not None)
     operands = [labels for value in values if (labels := propagation.labels(value)) is not None]
+    operands.sort(key=lambda labels: -math.prod(labels.shape))
     return combined(propagation, node, operands, node.meta["shape"])
 
 
 @rule(*FACTORIES)
 def create(propagation: Propagation, node: fx.Node) -> Labels:
-    """A new tensor has no channels, but along a dim whose size was read from channels it shrinks with them."""
-    shape = node.meta["shape"]
-    for d in range(len(shape)):
-        given = size_given(node, d)
-        expression = given.expression if isinstance(given, TaggedInt) else None
-        ids = channels_of(propagation, expression) if isinstance(expression, Extent) else None
-        if ids is not None:
-            return along(shape, d, ids)
-    return fixed(shape)
+    """A new tensor has no channels, but along a dim whose size was read from channels it shrinks with them.
+
+    One value for all entries can follow an attribute too, such as the number of heads.
+    """
+    return repeated(propagation, node, range(len(node.meta["shape"])))

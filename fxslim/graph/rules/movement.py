@@ -6,7 +6,15 @@ from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed, fixed
 from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name, rule
-from fxslim.graph.rules.sizes import LITERAL, check_unlabelled, follow_count, shown_sizes, size_given, size_kind
+from fxslim.graph.rules.sizes import (
+    LITERAL,
+    check_unlabelled,
+    follow_count,
+    repeated,
+    shown_sizes,
+    size_given,
+    size_kind,
+)
 
 
 def _moved(node: fx.Node, ids: Ids) -> Labels:
@@ -66,6 +74,9 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x = propagation.labels(node.args[0])
     assert x is not None
     missing = len(node.meta["shape"]) - len(x.shape)
+    if not x.labelled:
+        before = (1,) * missing + x.shape
+        return repeated(propagation, node, [d for d, size in enumerate(before) if size == 1])
     check_unlabelled(propagation, node, [d for d in range(len(node.meta["shape"])) if d - missing not in x.varying])
     for d in x.varying:
         given = size_given(node, d + missing)

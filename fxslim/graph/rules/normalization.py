@@ -82,7 +82,7 @@ def group_norm(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]
         return propagation.freeze_inputs(node, "group norm without a weight and outside torch.nn.GroupNorm")
     _follow_channels(propagation, node, vectors, x)
     groups = as_int(node.args[6])
-    propagation.space.balance(x.vector(1).reshape(groups, -1), f"{groups} groups normalised by {node.meta['module']}")
+    propagation.group(node, x.vector(1), groups, f"{groups} groups normalised by {node.meta['module']}")
     return _with_statistics(node, x)
 
 

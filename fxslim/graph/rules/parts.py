@@ -31,7 +31,7 @@ def split(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     pieces = [x.ids.take(range(stop - size, stop), axis=dim) for size, stop in zip(sizes, stops, strict=True)]
     problem = _settle_pieces(propagation, node, pieces, dim)
     if problem:
-        return propagation.freeze_inputs(node, problem)
+        propagation.freeze(x, node, problem)
     for item in node.users:
         index = as_int(item.args[1])
         propagation.parts[item] = Part(dim=dim, start=stops[index] - sizes[index], stop=stops[index])

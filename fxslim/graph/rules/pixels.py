@@ -6,6 +6,7 @@ from torch import fx
 
 from fxslim.graph.labels import FIXED, Labels, compressed, fixed
 from fxslim.graph.propagation import Propagation, as_int, combined, results_without_channels, rule
+from fxslim.graph.written_norms import AVERAGES, channel_vectors
 
 POOLS = """
 max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
@@ -60,6 +61,7 @@ def normalise_neighbours(propagation: Propagation, node: fx.Node) -> Labels | li
     "linalg_vector_norm",
     "logsumexp",
     "var_mean",
+    "std_mean",
     "prod",
     "max",
     "min",
@@ -69,24 +71,57 @@ def normalise_neighbours(propagation: Propagation, node: fx.Node) -> Labels | li
     "all",
 )
 def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """Reducing pixels keeps channels; reducing channels freezes them."""
+    """Reducing pixels keeps channels; reducing channels freezes them, but in a norm."""
     x = propagation.labels(node.args[0])
     results = results_without_channels(node)
-    if x is None or isinstance(results, list):
-        return propagation.freeze_inputs(node, "a reduction with several results")
-    dims = [a for a in node.args[1:] if isinstance(a, list | tuple)]
-    chosen = dims[0] if dims else [a for a in node.args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
-    reduced = {d % len(x.shape) for d in chosen} if chosen else set(range(len(x.shape)))  # type: ignore[operator]
+    if x is None:
+        return propagation.freeze_inputs(node, "a reduction of several values")
+    reduced = _reduced_dims(node, len(x.shape))
     over = [d for d in x.varying if d in reduced]
-    if over and not all(propagation.tie_rows(node, x, d) for d in over):
+    if over and _averages_in_norm(propagation, node, x, reduced):
+        return results
+    if not all(propagation.tie_rows(node, x, d) for d in over):
         return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
     if over:
         # Runs again with the rows tied.
-        return fixed(results.shape)
-    if len(results.shape) == len(x.shape):
-        return Labels(shape=results.shape, ids=x.ids)
+        return results
+    several = results if isinstance(results, list) else [results]
     kept = [size for d, size in enumerate(x.ids.shape) if d not in reduced]
-    return Labels(shape=results.shape, ids=x.ids.reshape(kept))
+    found = [
+        Labels(shape=r.shape, ids=x.ids if len(r.shape) == len(x.shape) else x.ids.reshape(kept)) if r.shape else r
+        for r in several
+    ]
+    return found if isinstance(results, list) else found[0]
+
+
+def _reduced_dims(node: fx.Node, rank: int) -> set[int]:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    dims = given.get("dim")
+    if dims is None or dims == [] or rank == 0:
+        return set(range(rank))
+    return {as_int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+
+
+def _averages_in_norm(propagation: Propagation, node: fx.Node, x: Labels, reduced: set[int]) -> bool:
+    """Whether a module averages over the only labelled dim and has vectors for it: they follow, the result does not.
+
+    Vectors as long as another dim that is averaged over could be for either.
+    """
+    layer, channel = node.meta["module"], x.varying[0]
+    if node.meta["call"].name not in AVERAGES or len(x.varying) != 1:
+        return False
+    size = x.shape[channel]
+    if any(x.shape[d] == size for d in reduced - {channel}):
+        return False
+    vectors = [(name, dim) for name, dim, length in channel_vectors(propagation.modules.get(layer)) if length == size]
+    states = [(f"{layer}.{name}".lstrip("."), dim) for name, dim in vectors]
+    # A tied parameter is known by another name.
+    if not states or any(name not in propagation.states for name, _ in states):
+        return False
+    for name, dim in states:
+        propagation.slot(name, dim, x.vector(channel))
+    return True
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "_safe_softmax")

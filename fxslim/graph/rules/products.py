@@ -7,7 +7,7 @@ import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import FIXED, Ids, Labels, compressed, fixed
-from fxslim.graph.propagation import Propagation, combined, rule
+from fxslim.graph.propagation import Conflict, Propagation, combined, rule
 from fxslim.graph.slots import LayerCall
 
 UNCLEAR = "matrix product of activations along different channels"
@@ -44,9 +44,28 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
         # Heads of one operand are narrower already: runs again with those of both.
         return fixed(node.meta["shape"])
     if result is None:
+        _wish_single(propagation, a, b)
         return propagation.freeze_inputs(node, UNCLEAR)
     _count(propagation, node, a, b, a.ids if a.labelled else b.ids)
     return result
+
+
+def _wish_single(propagation: Propagation, a: Labels, b: Labels) -> None:
+    """Where heads meet the width of a head that is the only one, that one stays and the others are free."""
+    inner = len(a.shape) - 2
+    for heads, width in ((a, b), (b, a)):
+        if not heads.varying or not width.varying or heads.varying[-1] >= inner or width.varying[0] < inner:
+            continue
+        if not any(np.isin(heads.ids, ids).any() for ids in propagation.heads.values()):
+            continue
+        source = next((node for node, x in propagation.values.items() if _makes_part(node, x, width)), None)
+        if source is not None:
+            propagation.wishes.append(Conflict(reason="several heads share one", single=(source,)))
+
+
+def _makes_part(node: fx.Node, x: Labels | list[Labels], of: Labels) -> bool:
+    """Whether an operator's result has channels of another value only."""
+    return node.op == "call_function" and isinstance(x, Labels) and x.labelled and bool(np.isin(x.ids, of.ids).all())
 
 
 def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, ...]) -> Labels | None:

@@ -27,14 +27,17 @@ def reshape(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Dims merge and split. Of the parts of a split dim one shrinks, the others stay as long as they are."""
     x = propagation.labels(node.args[0])
     assert x is not None
-    shape = node.meta["shape"]
+    before, shape = x.shape, node.meta["shape"]
     if 0 in shape:
-        return propagation.freeze_inputs(node, "a view of an empty tensor")
+        if before.index(0) != shape.index(0) or before.count(0) > 1 or shape.count(0) > 1:
+            return propagation.freeze_inputs(node, "a view of an empty tensor")
+        # No boxes were found: as if there were one.
+        before, shape = (tuple(size or 1 for size in sizes) for sizes in (before, shape))
     ids, sizes = x.ids, [1] * len(shape)
-    runs = [run for run in matching_dims(x.shape, shape) if any(ids.shape[d] > 1 for d in run[0])]
+    runs = [run for run in matching_dims(before, shape) if any(ids.shape[d] > 1 for d in run[0])]
     for old, new in runs:
         for d in old:
-            ids = np.repeat(ids, x.shape[d], axis=d) if ids.shape[d] == 1 else ids
+            ids = np.repeat(ids, before[d], axis=d) if ids.shape[d] == 1 else ids
         for d in new:
             sizes[d] = shape[d]
     full, ids = ids.shape, ids.reshape(sizes)
@@ -47,7 +50,7 @@ def reshape(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
             return propagation.freeze_inputs(node, _fixed_sizes(node))
         settled.append((tuple(old), tuple(new), dim))
     propagation.reshapes[node] = Reshape(full=full, whole=tuple(sizes), runs=tuple(settled))
-    return compressed(Labels(shape=shape, ids=ids))
+    return compressed(Labels(shape=node.meta["shape"], ids=ids))
 
 
 def _fixed_sizes(node: fx.Node) -> str:
@@ -61,14 +64,14 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
     kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
     heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
-    if len(varying) > 1 and feeds_attention(node):
+    attention = len(varying) > 1 and feeds_attention(node)
+    if node in propagation.decisions.narrow or (attention and not heads):
+        # The width of a head: heads stay.
+        dim = varying[-1] if kinds[varying[-1]] != LITERAL else None
+        propagation.narrower.append(ids)
+    elif attention:
         # Whole heads: the dim before the width of a head.
-        narrow = not heads or node in propagation.decisions.narrow
-        dim = next((d for d in (varying[-1:] if narrow else heads) if kinds[d] != LITERAL), None)
-        if narrow:
-            propagation.narrower.append(ids)
-        else:
-            propagation.heads[node] = ids
+        dim = heads[0]
     else:
         dim = next((d for d in varying if kinds[d] == OWN), None)
         if dim is None:
@@ -84,7 +87,11 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
             nothing = line[:0]
             balance_counts(propagation, node, size_given(node, d), line)
             follow_count(propagation, node, size_given(node, d), nothing, static=node.meta["shape"][d])
-    return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
+    if len(varying) > 1:
+        ids = _split(propagation, node, ids, varying, dim)
+        if dim < varying[-1]:
+            propagation.heads[node] = ids
+    return dim, ids
 
 
 # What lies between the view that makes heads and the product of queries and keys.

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes given to a view, split or slice: do they follow when channels go?"""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels
+from fxslim.graph.labels import Ids, Labels, along, fixed
 from fxslim.graph.propagation import Propagation
 from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.tagged_sizes import Attribute, Extent, TaggedInt, expression_of, leaves
@@ -61,6 +62,33 @@ def follow_count(
     balance_counts(propagation, node, given, line)
     expression = given.expression
     propagation.checks.append(SizeCheck(node=node, expression=expression, ids=line, parts=parts, static=static))
+
+
+def repeated(propagation: Propagation, node: fx.Node, dims: Iterable[int]) -> Labels:
+    """Labels of a value that repeats one entry along each of these dims: where a size follows, any entry may go."""
+    shape, call = node.meta["shape"], node.meta["call"]
+    given = {d: size_given(node, d) for d in dims if shape[d] > 1}
+    for d, size in given.items():
+        expression = size.expression if isinstance(size, TaggedInt) else None
+        ids = channels_of(propagation, expression) if isinstance(expression, Extent) else None
+        if ids is not None:
+            return along(shape, d, ids)
+    # Torch repeats the heads of keys and values as often as the queries need.
+    attends = call.name == "scaled_dot_product_attention"
+    followed = [d for d, size in given.items() if _follows_alone(propagation, size) or (size is None and attends)]
+    if len(followed) != 1:
+        return fixed(shape)
+    ids = propagation.space.fresh(shape[followed[0]])
+    follow_count(propagation, node, given[followed[0]], ids)
+    return along(shape, followed[0], ids)
+
+
+def _follows_alone(propagation: Propagation, given: Any) -> bool:
+    """Whether attributes of the user's modules give a size; those of torch's own layers are not ours to choose."""
+    if given is None or size_kind(propagation, given) != ATTRIBUTE:
+        return False
+    owners = [propagation.modules[leaf.module] for leaf in leaves(expression_of(given)) if isinstance(leaf, Attribute)]
+    return not any(type(owner).__module__.startswith("torch.") for owner in owners)
 
 
 def balance_counts(propagation: Propagation, node: fx.Node, given: Any, line: Ids) -> None:

@@ -59,7 +59,8 @@ class Changes:
     def replace_data(self, state: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Another tensor, of any shape, in a parameter or buffer that stays the same object."""
         self.make(
-            functools.partial(_replace, state, data, grad), functools.partial(_replace, state, state.data, state.grad)
+            functools.partial(replace_data, state, data, grad),
+            functools.partial(replace_data, state, state.data, state.grad),
         )
 
 
@@ -68,8 +69,8 @@ def _delete(owner: Any, name: str) -> None:
         delattr(owner, name)
 
 
-def _replace(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """The detour over another dtype drops what autograd cached about the shape."""
+def replace_data(state: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Another tensor in a parameter; the detour over another dtype drops what autograd cached about the shape."""
     state.grad = None
     other = torch.float64 if data.dtype != torch.float64 else torch.float32
     state.data = torch.empty(0, dtype=other, device=data.device)
