@@ -18,7 +18,10 @@ class Mlp(nn.Module):
 
     def __init__(self, pick: random.Random, dim: int) -> None:
         super().__init__()
-        self.way, self.hidden = pick.choice(["plain", "plain", "gated", "halves", "swapped", "norm"]), pick.choice([12, 16, 20])
+        self.way, self.hidden = (
+            pick.choice(["plain", "plain", "gated", "halves", "swapped", "norm"]),
+            pick.choice([12, 16, 20]),
+        )
         twice = 2 if self.way in ("halves", "swapped") else 1
         self.up, self.down = nn.Linear(dim, twice * self.hidden), nn.Linear(self.hidden, dim, bias=pick.random() < 0.5)
         if self.way == "gated":
@@ -181,7 +184,12 @@ class RandomTransformer(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, 16, dim)) if pick.random() < 0.5 else None
         self.blocks = nn.ModuleList()
         for i in range(pick.randint(2, length)):
-            if i and self.token is None and not any(isinstance(b, Merging) for b in self.blocks) and pick.random() < 0.2:
+            if (
+                i
+                and self.token is None
+                and not any(isinstance(b, Merging) for b in self.blocks)
+                and pick.random() < 0.2
+            ):
                 out = pick.choice([12, 16, 24])
                 self.blocks.append(Merging(pick, dim, out))
                 dim = out
