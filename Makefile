@@ -53,7 +53,7 @@ check: setup  ## format, lint, types, floors, house rules
 bench: setup  ## kernels against torch's; writes a dated report
 	$(PYTHON) -m benchmarks.kernels.run
 
-zoo: setup  ## prune torchvision's convolutional models and prove each; writes a dated report
+zoo: setup  ## prune torchvision's models and prove each; writes a dated report
 	$(PYTHON) -m benchmarks.models.zoo --effects
 	$(PYTHON) -m benchmarks.models.zoo --effects --importance l2
 

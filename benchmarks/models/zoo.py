@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prunes torchvision's convolutional models without help for any of them, and proves each result.
+"""Prunes torchvision's models without help for any of them, and proves each result.
 
     python -m benchmarks.models.zoo [--only GLOB] [--effects] [--report FOLDER]
 
@@ -14,7 +14,9 @@ import fnmatch
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +24,45 @@ from torch import Tensor, nn
 from torchvision.models import get_model, list_models
 
 import fxslim
+from benchmarks.models import detectors
 from benchmarks.timing import machine
+from fxslim import Inputs
 from fxslim.graph.inputs import output_tensors
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.silencing import NormsOverKept, silence
 from fxslim.pruning.verification import VISIBLE
 
-OTHER_KINDS = ("quantized", "vit", "swin", "maxvit", "rcnn", "retina", "fcos", "ssd", "raft", "mvit")
 SMALL_VIDEO = (1, 3, 8, 64, 64)
-VIDEO = {"s3d": (1, 3, 16, 224, 224), "mc3_18": SMALL_VIDEO, "r3d_18": SMALL_VIDEO, "r2plus1d_18": SMALL_VIDEO}
-# The auxiliary head of Inception needs the size that the model is made for.
-SIZES = {"inception_v3": 299}
+# The smallest that each of these models takes; all others take pictures of 64 pixels.
+SHAPES = {
+    "s3d": (1, 3, 16, 224, 224),
+    "mc3_18": SMALL_VIDEO,
+    "r3d_18": SMALL_VIDEO,
+    "r2plus1d_18": SMALL_VIDEO,
+    "swin3d": (1, 3, 4, 64, 64),
+    "mvit": (1, 3, 16, 224, 224),
+    "vit": (1, 3, 224, 224),
+    "maxvit": (1, 3, 224, 224),
+    # The auxiliary head of Inception needs the size that the model is made for.
+    "inception_v3": (1, 3, 299, 299),
+    "raft": (1, 3, 128, 128),
+}
+ONE_SIZE = ("s3d", "mvit", "vit", "maxvit", "mc3_18", "r3d_18", "r2plus1d_18")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A model in eval mode and what to run it on; ``train_inputs`` where training needs others than a batch of two.
+
+    ``at`` names layers whose outputs are compared too.
+    """
+
+    model: nn.Module
+    inputs: Any
+    other: Any
+    train_inputs: Any = None
+    at: tuple[str, ...] = ()
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -51,14 +80,15 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-def settle_norms(model: nn.Module, x: Tensor) -> None:
+def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     """Running statistics near those of real activations: a deep model neither fades nor turns chaotic."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(8 if x.dim() == 4 else 2, *x.shape[1:]))
+    if norms:
+        with torch.no_grad():
+            inputs.run(model.train())
     generator = torch.Generator().manual_seed(1)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -68,17 +98,27 @@ def settle_norms(model: nn.Module, x: Tensor) -> None:
     model.eval()
 
 
-def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model and example inputs in two resolutions."""
+def build(name: str) -> Example:
+    """A model and example inputs, in two resolutions where it takes them."""
+    if name in detectors.NAMES:
+        found = detectors.build(name)
+        train_inputs = Inputs(*found.train_inputs)
+        inputs, other = Inputs(*found.inputs), Inputs(found.train_inputs[0])
+        return Example(model=found.model, inputs=inputs, other=other, train_inputs=train_inputs, at=found.outputs)
     settings = {"weights_backbone": None} if name.startswith(("deeplab", "fcn", "lraspp")) else {}
     model = randomise(get_model(name, weights=None, **settings))
-    if name in VIDEO:
-        x, other = torch.randn(VIDEO[name]), torch.randn(VIDEO[name])
-    else:
-        size = SIZES.get(name, 64)
-        x, other = torch.randn(1, 3, size, size), torch.randn(1, 3, size + 32, size + 32)
-    settle_norms(model, x)
-    return model, x, other
+    kind = next((kind for kind in (name, name.partition("_")[0]) if kind in SHAPES), "")
+    shape = SHAPES.get(kind, (1, 3, 64, 64))
+    larger = shape if kind in ONE_SIZE else (*shape[:-2], shape[-2] + 32, shape[-1] + 32)
+    many = (8 if shape[-1] < 224 and len(shape) == 4 else 2, *shape[1:])
+    settle_norms(model, _example(name, many))
+    return Example(model=model, inputs=_example(name, shape), other=_example(name, larger))
+
+
+def _example(name: str, shape: tuple[int, ...]) -> Inputs:
+    if name.startswith("raft"):
+        return Inputs(torch.randn(shape), torch.randn(shape), num_flow_updates=2)
+    return Inputs(torch.randn(shape))
 
 
 def smallest_effect(model: nn.Module, graph: fxslim.ChannelGraph, x: Tensor) -> float:
@@ -132,20 +172,27 @@ def free_share(graph: fxslim.ChannelGraph, layers: list[str]) -> float:
     return sum(n in free for n in others) / max(len(others), 1)
 
 
+def _doubled(inputs: Inputs) -> Inputs:
+    """Each example twice: training needs a batch."""
+    return Inputs(*(torch.cat([value, value]) for value in inputs.args), **inputs.kwargs)
+
+
 def row(name: str, importance: str, effects: bool) -> tuple[bool, str]:
     """One line of the report, and whether the model passed."""
-    model, x, other = build(name)
+    example = build(name)
+    model, train_inputs = example.model, example.train_inputs
     start = time.process_time()
-    plan = fxslim.plan_pruning(model, x, ratio=0.5, importance=importance)
+    plan = fxslim.plan_pruning(model, example.inputs, ratio=0.5, importance=importance, train_inputs=train_inputs)
     seconds = time.process_time() - start
-    proof = plan.verify(model, [x, other])
-    graph = fxslim.trace(model, x)
+    proof = plan.verify(model, [example.inputs, example.other], at=example.at, train_inputs=train_inputs)
+    graph = fxslim.trace(model, example.inputs, train_inputs=train_inputs)
     cut = {c.name.rpartition(".")[0] for c in plan.cuts}
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
-    smallest = smallest_effect(model, graph, x) if effects else float("nan")
-    free = free_share(graph, layers)
+    effects = effects and len(example.inputs.args) == 1 and isinstance(example.inputs.args[0], Tensor)
+    smallest = smallest_effect(model, graph, example.inputs.args[0]) if effects else float("nan")
+    free = free_share(graph, [n for n in layers if n not in example.at])
     plan.apply(model)
-    model.train()(torch.cat([x, x]))
+    (train_inputs or _doubled(example.inputs)).run(model.train())
     reasons = sorted({reason.rpartition(" in ")[0] or reason for reason in graph.frozen_layers().values()})
     vacuous = proof.effect < VISIBLE or smallest < VISIBLE
     verdict = "DIFFERS" if not proof.ok else "VACUOUS" if vacuous else "OK" if free >= 0.95 else "FROZEN"
@@ -167,7 +214,7 @@ def row(name: str, importance: str, effects: bool) -> tuple[bool, str]:
 
 def rows(only: str, importance: str, effects: bool) -> Iterator[tuple[bool, str]]:
     for name in list_models():
-        if any(kind in name for kind in OTHER_KINDS) or not fnmatch.fnmatch(name, only):
+        if name.startswith("quantized") or not fnmatch.fnmatch(name, only):
             continue
         try:
             result = row(name, importance, effects)
@@ -191,9 +238,10 @@ def main() -> None:
     results = list(rows(options.only, options.importance, options.effects))
     passed = sum(ok for ok, _ in results)
     head = [
-        f"# Torchvision's convolutional models, {datetime.date.today()}", "", machine(), "",
+        f"# Torchvision's models, {datetime.date.today()}", "", machine(), "",
         f"{passed} of {len(results)} pruned to half their macs ({options.importance} choice), equal to the silenced",
-        "original in float64 on two resolutions, and run in train mode afterwards. `relative` is the largest",
+        "original in float64 on two inputs (of two resolutions where the model takes them), and run in train mode",
+        "afterwards. `relative` is the largest",
         "difference over the largest output, `effect` that of the removal itself, `one group` the least effect of",
         "removing every other channel of one group alone (below 1e-3: VACUOUS), `free` the share of layers with",
         "removable channels (below 95 %: FROZEN), seconds are CPU time of planning. Reproduce:",
