@@ -5,6 +5,8 @@ ATen no longer tells chunk from split, nor a size that was computed from one tha
 """
 
 import contextlib
+import functools
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,6 +73,8 @@ class CalledFunctions(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             sizes = self._with_tags(args[0], args[0].size())
             return sizes if dim is None else sizes[int(dim)]
+        elif name in ("numel", "nelement") and args[0].dim():
+            return functools.reduce(operator.mul, self._with_tags(args[0], args[0].shape))
         self.stack.append(self._call(name, args, kwargs))
         try:
             if name in WHOLE:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups: channels of several layers that can only be removed together."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,16 +109,18 @@ def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]
     A channel without constraints is a set of its own. Otherwise the lowest channels of the other rows join
     until all rows of each constraint lose equally many.
     """
-    rows_of: dict[int, list[tuple[int, int]]] = {}
+    rows_of: dict[int, dict[tuple[int, int], int]] = {}
     waiting: dict[tuple[int, int], list[int]] = {}
     ranked = list(ranked)
     place = {channel: i for i, channel in enumerate(ranked)}
+    free = (~frozen).tolist()
+    balances = distinct_balances(balances)
     for b, rows in enumerate(balances):
         for r, row in enumerate(rows):
-            for channel in row.tolist():
-                rows_of.setdefault(channel, []).append((b, r))
-            members = {c for c in row.tolist() if c in place and not frozen[c]}
-            waiting[b, r] = sorted(members, key=lambda c: -place[c])
+            counts = Counter(row.tolist())
+            for channel, times in counts.items():
+                rows_of.setdefault(channel, {})[b, r] = times
+            waiting[b, r] = sorted((c for c in counts if c in place and free[c]), key=lambda c: -place[c])
     gone: set[int] = set()
     stuck: set[int] = set()
     steps = []
@@ -137,23 +140,79 @@ def removal_steps(ranked: Iterable[int], frozen: np.ndarray, balances: list[Ids]
     return steps, stuck
 
 
+def affordable(steps: Iterable[list[int]], groups: Sequence[ChannelGroup], left: list[int]) -> list[list[int]]:
+    """The steps that can be made one after the other while group i has ``left[i]`` channels to lose."""
+    size = 1 + max((int(group.channels.max()) for group in groups), default=0)
+    numbers = np.zeros(size, dtype=np.int64)
+    for i, group in enumerate(groups):
+        numbers[group.channels] = i
+    group_of, left, chosen = numbers.tolist(), list(left), []
+    for step in steps:
+        if len(step) == 1:
+            group = group_of[step[0]]
+            if left[group] > 0:
+                left[group] -= 1
+                chosen.append(step)
+            continue
+        needed = Counter(group_of[channel] for channel in step)
+        if all(left[group] >= count for group, count in needed.items()):
+            for group, count in needed.items():
+                left[group] -= count
+            chosen.append(step)
+    return chosen
+
+
+def distinct_balances(balances: Iterable[Ids]) -> list[Ids]:
+    """Balances without rows that hold the same channels as another, each once; a single row asks for nothing."""
+    found: dict[bytes, Ids] = {}
+    for rows in balances:
+        different = {row.tobytes(): row for row in np.sort(rows, axis=1)}
+        if len(different) > 1:
+            kept = np.stack([different[key] for key in sorted(different)])
+            found.setdefault(kept.tobytes(), kept)
+    return list(found.values())
+
+
+class _LostCounts:
+    """How many entries each row of a balance has lost."""
+
+    def __init__(self, rows: int) -> None:
+        self.counts = [0] * rows
+        self.most, self.with_most = 0, rows
+
+    @property
+    def even(self) -> bool:
+        return self.with_most == len(self.counts)
+
+    def lose(self, row: int, entries: int) -> None:
+        lost = self.counts[row] = self.counts[row] + entries
+        if lost > self.most:
+            self.most, self.with_most = lost, 1
+        elif lost == self.most:
+            self.with_most += 1
+
+    def least(self) -> int:
+        return self.counts.index(min(self.counts))
+
+
 def _equalised(
     first: int,
     gone: set[int],
-    rows_of: dict[int, list[tuple[int, int]]],
+    rows_of: dict[int, dict[tuple[int, int], int]],
     waiting: dict[tuple[int, int], list[int]],
     balances: list[Ids],
 ) -> list[int] | None:
     """The first channel and those that must go with it; None where rows can't be made equal."""
     step = {first: None}
-    lost: dict[int, np.ndarray] = {}
+    lost: dict[int, _LostCounts] = {}
     looked: dict[tuple[int, int], int] = {}
 
     def take(channel: int) -> None:
-        for b, r in rows_of.get(channel, ()):
-            counts = lost.setdefault(b, np.zeros(len(balances[b]), dtype=np.int64))
-            counts[r] += 1
-            if counts.min() == counts.max():
+        for (b, r), entries in rows_of.get(channel, {}).items():
+            if b not in lost:
+                lost[b] = _LostCounts(len(balances[b]))
+            lost[b].lose(r, entries)
+            if lost[b].even:
                 uneven.pop(b, None)
             else:
                 uneven[b] = None
@@ -173,7 +232,7 @@ def _equalised(
     take(first)
     while uneven:
         b = next(iter(uneven))
-        choice = lowest((b, int(lost[b].argmin())))
+        choice = lowest((b, lost[b].least()))
         if choice is None:
             return None
         step[choice] = None

@@ -68,19 +68,21 @@ class Conflict:
     whole: tuple[fx.Node, ...] = ()
     single: tuple[fx.Node, ...] = ()
     even: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    narrow: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels; and those that are
-    one head for several others.
+    as the others; views whose rows lose the very same entries; values that keep all their channels; those that are one
+    head for several others; views that make heads, which stay and get narrower.
     """
 
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
     single: frozenset[fx.Node] = frozenset()
+    narrow: frozenset[fx.Node] = frozenset()
 
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
@@ -89,6 +91,7 @@ class Decisions:
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
             single=self.single.union(*(conflict.single for conflict in conflicts)),
             whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
+            narrow=self.narrow.union(*(conflict.narrow for conflict in conflicts)),
         )
         if more == self:
             raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
@@ -133,12 +136,12 @@ class Propagation:
         # Views that split channels in rows with a choice of their own, and what is needed to follow that choice.
         self.splits: dict[fx.Node, Ids] = {}
         self.reshapes: dict[fx.Node, Reshape] = {}
-        # Labels behind views that split channels in whole heads.
-        self.heads: list[Ids] = []
         self.parts: dict[fx.Node, Part] = {}
         self.uses: list[tuple[fx.Node, SlotKey | None, Ids, int]] = []
         self.checks: list[SizeCheck] = []
-        # Rows that turned out to be reduced or mixed with each other.
+        # Views that make heads of which whole ones go.
+        self.heads: dict[fx.Node, Ids] = {}
+        # Rows that turned out to be reduced or mixed with each other, heads whose width is looked at.
         self.wishes: list[Conflict] = []
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
@@ -230,11 +233,20 @@ class Propagation:
 
     def tie_rows(self, node: fx.Node, labels: Labels, dim: int) -> bool:
         """Ask that rows which keep their number lose the same entries; False where the dim has no such rows."""
-        if not self.space.keeps_rows(labels, dim):
-            return False
+        return self.space.keeps_rows(labels, dim) and self.tie_views(node, labels)
+
+    def tie_views(self, node: fx.Node, labels: Labels) -> bool:
+        """Ask that the rows of the views that these labels come from lose the same entries; False if there are none."""
         views = frozenset(view for view, rows in self.splits.items() if np.isin(rows, labels.ids).any())
         if views:
             self.wishes.append(Conflict(reason=f"{operator_name(node)} mixes rows of channels", tied=views))
+        return bool(views)
+
+    def narrow_heads(self, node: fx.Node, labels: Labels) -> bool:
+        """Ask that heads stay and get narrower, all alike; False where the labels are no heads."""
+        views = frozenset(view for view, ids in self.heads.items() if np.isin(ids, labels.ids).any())
+        if views:
+            self.wishes.append(Conflict(reason=f"{operator_name(node)} is shared by all heads", narrow=views))
         return bool(views)
 
     def freeze(self, labels: Labels | None, node: fx.Node, why: str) -> None:

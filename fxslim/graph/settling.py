@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fxslim.graph.groups import ResolvedLabels, removal_steps
+from fxslim.graph.groups import ResolvedLabels, affordable, removal_steps
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
@@ -53,7 +53,7 @@ class Arranger:
             classes=self.resolved.classes,
             modules=propagation.modules,
             states=propagation.states,
-            slot_ids={key: (slot.ids, slot.blocks) for key, slot in propagation.slots.items()},
+            slot_ids={slot.key: (slot.ids, slot.blocks) for slot in self.resolved.slots},
             values=propagation.values,
         )
         failure = sizes.failed(propagation.checks)
@@ -95,17 +95,10 @@ class Arranger:
         resolved, groups = self.resolved, self.resolved.groups()
         random = np.random.default_rng(0)
         candidates = np.concatenate([group.channels for group in groups] or [np.zeros(0, dtype=np.int64)])
-        group_of = np.zeros(len(resolved.classes), dtype=np.int64)
-        for i, group in enumerate(groups):
-            group_of[group.channels] = i
-        left = np.array([len(group) // 2 for group in groups])
         steps, _ = removal_steps(random.permutation(candidates).tolist(), resolved.frozen, resolved.balances)
         keep = np.ones(len(resolved.classes), dtype=bool)
-        for step in steps:
-            lost = np.bincount(group_of[step], minlength=len(groups))
-            if (lost <= left).all():
-                left -= lost
-                keep[step] = False
+        for step in affordable(steps, groups, [len(group) // 2 for group in groups]):
+            keep[step] = False
         outcome = self.arrange(keep)
         return outcome if isinstance(outcome, Conflict) else None
 

@@ -2,14 +2,13 @@
 """How many channels go: the lowest first, over all groups, until the target is met."""
 
 import math
-from collections import Counter
 from collections.abc import Collection
 
 import numpy as np
 
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
-from fxslim.graph.groups import removal_steps
+from fxslim.graph.groups import affordable, removal_steps
 from fxslim.graph.slots import SlotKey
 
 TARGETS = ("macs", "params", "channels")
@@ -26,7 +25,9 @@ class Removals:
         candidates = candidates[~frozen[candidates]]
         ranked = candidates[np.lexsort((candidates, scores[candidates]))]
         steps, _ = removal_steps(ranked.tolist(), frozen, graph.resolved.balances)
-        self.steps = self._limited(steps, max_ratio)
+        # Each group keeps its share of channels, at least one.
+        left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in graph.groups]
+        self.steps = affordable(steps, graph.groups, left)
         never = len(self.steps)
         self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
         for i, step in enumerate(self.steps):
@@ -43,25 +44,6 @@ class Removals:
                 found[key] = np.sort(self.rank[channels]), []
             found[key][1].append(slot.key)
         return list(found.values())
-
-    def _limited(self, steps: list[list[int]], max_ratio: float) -> list[list[int]]:
-        """Steps that leave each group its share of channels, at least one."""
-        group_of = {c: i for i, g in enumerate(self.graph.groups) for c in g.channels.tolist()}
-        left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in self.graph.groups]
-        chosen = []
-        for step in steps:
-            if len(step) == 1:
-                group = group_of[step[0]]
-                if left[group] > 0:
-                    left[group] -= 1
-                    chosen.append(step)
-                continue
-            needed = Counter(group_of[channel] for channel in step)
-            if all(left[group] >= count for group, count in needed.items()):
-                for group, count in needed.items():
-                    left[group] -= count
-                chosen.append(step)
-        return chosen
 
     def removed_share(self, count: int, target: str) -> float:
         """The fraction of the target that the first ``count`` removals take away."""

@@ -154,6 +154,10 @@ class RandomNetwork(nn.Module):
             return self.head(nn.functional.adaptive_avg_pool2d(last, 6).flatten(1))
         return self.head(last)
 
+    def other_input(self) -> Tensor:
+        """Another batch, and other pixels where that can be."""
+        return torch.randn(2, 3, 8, 8) if self.head_kind == "flatten" else torch.randn(1, 3, 11, 9)
+
 
 ONE_TO_ONE = {
     "norm": nn.BatchNorm2d,

@@ -247,5 +247,3 @@ def test_a_real_detector() -> None:
     plan.apply(model)
     model.eval()(images)
     sum(model.train()(images, targets).values()).backward()
-
-

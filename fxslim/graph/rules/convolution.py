@@ -6,7 +6,7 @@ import math
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, along
+from fxslim.graph.labels import Ids, Labels, along, fixed
 from fxslim.graph.propagation import Propagation, as_int, rule
 
 
@@ -18,6 +18,9 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     if weight is None or x is None or propagation.has_computed(node.args[2:3]):
         return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight or bias of a convolution"))
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
+    if channel == 1 and 0 in x.varying and (propagation.tie_views(node, x) or propagation.narrow_heads(node, x)):
+        # Heads are the batch, and all go through one kernel. Runs again with heads that get narrower alike.
+        return fixed(node.meta["shape"])
     if any(d != channel for d in x.varying):
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
     line, shape = x.vector(channel), node.meta["shape"]

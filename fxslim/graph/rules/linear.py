@@ -6,7 +6,7 @@ import math
 from torch import fx
 
 from fxslim.graph.labels import Labels, along
-from fxslim.graph.propagation import Propagation, operator_name, rule
+from fxslim.graph.propagation import Propagation, as_node, operator_name, rule
 
 
 def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str, out_dim: int) -> Labels | None:
@@ -52,12 +52,18 @@ def multiply(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 
 @rule("addmm")
 def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """A linear layer with bias."""
-    bias, weight = propagation.state_name(node.args[0]), propagation.state_name(node.args[2])
-    if bias is not None and weight is not None and propagation.states[bias].shape == node.meta["shape"][-1:]:
+    """A linear layer with bias; a computed one (with parts set to 0) has the channels of what it was made from."""
+    weight, name = propagation.state_name(node.args[2]), propagation.state_name(node.args[0])
+    bias = None if name is not None else propagation.labels(node.args[0])
+    known = name is not None or (bias is not None and bias.labelled)
+    if weight is not None and known and as_node(node.args[0]).meta["shape"] == node.meta["shape"][-1:]:
         result = _linear(propagation, node, node.args[1], weight, _out_dim(node.args[2]))
         if result is not None:
-            propagation.slot(bias, 0, result.vector(len(result.shape) - 1))
+            out = result.vector(len(result.shape) - 1)
+            if name is not None:
+                propagation.slot(name, 0, out)
+            elif bias is not None:
+                propagation.space.unify(bias.vector(0), out)
             return result
     return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 

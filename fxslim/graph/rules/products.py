@@ -54,7 +54,7 @@ def _wish_single(propagation: Propagation, a: Labels, b: Labels) -> None:
     for heads, width in ((a, b), (b, a)):
         if not heads.varying or not width.varying or heads.varying[-1] >= inner or width.varying[0] < inner:
             continue
-        if not any(np.isin(heads.ids, ids).any() for ids in propagation.heads):
+        if not any(np.isin(heads.ids, ids).any() for ids in propagation.heads.values()):
             continue
         source = next((node for node, x in propagation.values.items() if _makes_part(node, x, width)), None)
         if source is not None:

@@ -63,9 +63,13 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     """The new dim that shrinks (None if all are fixed), and the labels then."""
     varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
     kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
+    heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
     if len(varying) > 1 and feeds_attention(node):
         # Whole heads: the dim before the width of a head.
-        dim = next((d for d in varying[:-1] if kinds[d] != LITERAL), None)
+        narrow = not heads or node in propagation.decisions.narrow
+        dim = next((d for d in (varying[-1:] if narrow else heads) if kinds[d] != LITERAL), None)
+        if not narrow:
+            propagation.heads[node] = ids
     else:
         dim = next((d for d in varying if kinds[d] == OWN), None)
         if dim is None:
@@ -81,11 +85,7 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
             nothing = line[:0]
             balance_counts(propagation, node, size_given(node, d), line)
             follow_count(propagation, node, size_given(node, d), nothing, static=node.meta["shape"][d])
-    if len(varying) > 1:
-        ids = _split(propagation, node, ids, varying, dim)
-        if dim < varying[-1]:
-            propagation.heads.append(ids)
-    return dim, ids
+    return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
 
 
 # What lies between the view that makes heads and the product of queries and keys.

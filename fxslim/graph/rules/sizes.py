@@ -41,7 +41,11 @@ def size_kind(propagation: Propagation, given: Any) -> str:
 def channels_of(propagation: Propagation, leaf: Extent) -> Ids | None:
     """Labels along the dim whose size was read; None if it has none."""
     if leaf.node.op == "get_attr":
-        slot = propagation.slots.get((str(leaf.node.target), leaf.dim))
+        name = str(leaf.node.target)
+        if name in propagation.entries:
+            ids = propagation.entries[name]
+            return Labels(shape=ids.shape, ids=ids).line(leaf.dim)
+        slot = propagation.slots.get((name, leaf.dim))
         return None if slot is None or slot.blocks > 1 else slot.ids
     labels = propagation.values.get(leaf.node)
     if not isinstance(labels, Labels) or leaf.dim not in labels.varying:
