@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors: pyramids, proposals, regions and boxes chosen by score, pruned and proved in both modes."""
 
+import dataclasses
 import random
 
 import pytest
@@ -253,3 +254,42 @@ def test_a_real_detector() -> None:
     plan.apply(model)
     model.eval()(images)
     sum(model.train()(images, targets).values()).backward()
+
+
+class Masked(nn.Module):
+    """Places of all channels are chosen by a mask of pixels, entries of one channel by their own value."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.whole = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).permute(0, 2, 3, 1).clone()
+        if self.whole:
+            y[y < 0.1] = 0.2
+        return self.head(y[x[:, 0, 1:-1, 1:-1] > 0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_masks_of_several_dims(whole: bool) -> None:
+    model, x = randomise(Masked(whole)), torch.randn(2, 3, 6, 6)
+    plan = fxslim.plan_pruning(model, x, ratio=0.4, importance="random")
+    assert plan.verify(model, [x, torch.randn(1, 3, 9, 7)]).ok
+    assert plan.cuts
+    plan.apply(model)(x)
+
+
+def test_a_size_that_only_training_reads() -> None:
+    class Reading(nn.Sequential):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            hidden = self[1](self[0](x))
+            return self[2](hidden if scale is None else hidden.reshape(len(x), 8) * scale)
+
+    model, x = Reading(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(2, 3)
+    graph = fxslim.trace(model, x, train_inputs=(x, torch.ones(())))
+    assert "0" in graph.frozen_layers()
+    plan = fxslim.plan_pruning(model, x, ratio=0.4, importance="random")
+    plan = dataclasses.replace(plan, train_inputs=(fxslim.Inputs(x, torch.ones(())),))
+    with pytest.raises(fxslim.PlanError, match=r"forward failed in train mode .*written as a number"):
+        plan.apply(model)
+    assert model[0].out_features == 8
