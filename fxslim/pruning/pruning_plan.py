@@ -165,8 +165,9 @@ class PruningPlan:
                     f"{type(uncut).__name__}: {uncut}"
                 ) from uncut
             raise PlanError(
-                f"the pruned model's forward failed{' in train mode' * training} ({type(failure).__name__}: {failure}); it reads a size that is "
-                "written as a number. Nothing was changed. Name the layers around it in skip="
+                f"the pruned model's forward failed{' in train mode' * training} "
+                f"({type(failure).__name__}: {failure}); it reads a size that is written as a number. "
+                "Nothing was changed. Name the layers around it in skip="
             ) from failure
 
     def mask(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
