@@ -74,8 +74,8 @@ class Conflict:
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels; those that are one
-    head for several others; views that make heads, which stay and get narrower.
+    as the others; views whose rows lose the very same entries; values that keep all their channels; those that are
+    one head for several others; and views that make heads, which stay and get narrower.
     """
 
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
@@ -139,8 +139,9 @@ class Propagation:
         self.parts: dict[fx.Node, Part] = {}
         self.uses: list[tuple[fx.Node, SlotKey | None, Ids, int]] = []
         self.checks: list[SizeCheck] = []
-        # Views that make heads of which whole ones go.
+        # Views that make heads of which whole ones go, and labels of heads that get narrower.
         self.heads: dict[fx.Node, Ids] = {}
+        self.narrower: list[Ids] = []
         # Rows that turned out to be reduced or mixed with each other, heads whose width is looked at.
         self.wishes: list[Conflict] = []
         self._node: fx.Node | None = None
@@ -242,8 +243,13 @@ class Propagation:
             self.wishes.append(Conflict(reason=f"{operator_name(node)} mixes rows of channels", tied=views))
         return bool(views)
 
-    def narrow_heads(self, node: fx.Node, labels: Labels) -> bool:
-        """Ask that heads stay and get narrower, all alike; False where the labels are no heads."""
+    def narrow_heads(self, node: fx.Node, labels: Labels, beside: Labels | None = None) -> bool:
+        """Ask that heads stay and get narrower, all alike; False where the labels are no heads of which whole ones go.
+
+        ``beside``: only where those that they meet got narrower, or have no labels at all.
+        """
+        if beside is not None and beside.labelled and not any(np.isin(i, beside.ids).any() for i in self.narrower):
+            return False
         views = frozenset(view for view, ids in self.heads.items() if np.isin(ids, labels.ids).any())
         if views:
             self.wishes.append(Conflict(reason=f"{operator_name(node)} is shared by all heads", narrow=views))
@@ -342,6 +348,9 @@ def combined(propagation: Propagation, node: fx.Node, operands: list[Labels], sh
             # Where one is constant along more dims, so is the result: its channels go as a whole.
             propagation.space.unify(chosen.ids, operand.ids)
             chosen = min(chosen, operand, key=lambda labels: len(labels.varying))
+        elif propagation.narrow_heads(node, chosen, operand) or propagation.narrow_heads(node, operand, chosen):
+            # Whole heads of one meet entries of the heads of the other: runs again with narrower heads.
+            return fixed(shape)
         else:
             propagation.freeze(operand, node, "channels along different dims meet")
             if any(operand.shape[d] > 1 for d in chosen.varying):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, compressed, fixed
+from fxslim.graph.labels import FIXED, Ids, Labels, compressed, fixed
 from fxslim.graph.propagation import Conflict, Propagation, combined, rule
 from fxslim.graph.slots import LayerCall
 
@@ -40,11 +40,13 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
         _count(propagation, node, a, b, None)
         return fixed(node.meta["shape"])
     result = _product(propagation, a, b, node.meta["shape"])
+    if result is None and (propagation.narrow_heads(node, a, b) or propagation.narrow_heads(node, b, a)):
+        # Heads of one operand are narrower already: runs again with those of both.
+        return fixed(node.meta["shape"])
     if result is None:
         _wish_single(propagation, a, b)
         return propagation.freeze_inputs(node, UNCLEAR)
-    heads = _batch_ids(a) if _batch_ids(a).size > 1 else _batch_ids(b)
-    _count(propagation, node, a, b, heads)
+    _count(propagation, node, a, b, a.ids if a.labelled else b.ids)
     return result
 
 
@@ -66,24 +68,22 @@ def _makes_part(node: fx.Node, x: Labels | list[Labels], of: Labels) -> bool:
     return node.op == "call_function" and isinstance(x, Labels) and x.labelled and bool(np.isin(x.ids, of.ids).all())
 
 
-def _batch_ids(x: Labels) -> Ids:
-    """Labels of the batch dims of a value whose channels lie there only."""
-    rank = len(x.shape)
-    return x.ids.reshape(-1) if all(d < rank - 2 for d in x.varying) else np.zeros(1, dtype=np.int64)
-
-
 def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, ...]) -> Labels | None:
     """Labels of the result; None where the operands' channels do not fit together."""
     rank = len(shape)
     if len(a.shape) != rank or len(b.shape) != rank:
         return None
     rows, columns = rank - 2, rank - 1
+    if columns in a.varying and rows in b.varying:
+        # Rows that are summed over the same dim lose the same entries of it.
+        a = propagation.tied_along(a, columns) if rows in a.varying else a
+        b = propagation.tied_along(b, rows) if columns in b.varying else b
     batch_a, batch_b = ([d for d in x.varying if d < rows] for x in (a, b))
     if (columns in a.varying) != (rows in b.varying):
         return None
     if columns in a.varying:
-        # Both lose the same terms of the sum.
-        if rows in a.varying or columns in b.varying or batch_a != batch_b:
+        # Both lose the same terms of the sum; one that is the same for all heads ties them.
+        if batch_a and batch_b and batch_a != batch_b:
             return None
         propagation.space.unify(a.ids, np.swapaxes(b.ids, rows, columns))
         return fixed(shape)
@@ -102,12 +102,12 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
     return compressed(Labels(shape=shape, ids=carrier.ids))
 
 
-def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, heads: Ids | None) -> None:
-    """Multiply-adds of one product; they shrink with the heads."""
+def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, ids: Ids | None) -> None:
+    """Multiply-adds of one product; they shrink with the heads, or their width."""
     macs = math.prod(a.shape) * b.shape[-1] // max(propagation.batch, 1)
     factors: tuple[tuple[str, int], ...] = ()
-    if heads is not None and heads.size > 1:
-        label = heads[0]
+    if ids is not None and ids.any():
+        label = ids[ids != FIXED][0]
         factors = tuple(key for key, slot in propagation.slots.items() if label in slot.ids)[:1]
     name = node.meta["module"] or "the model's forward"
     propagation.calls.append(LayerCall(name=name, macs=macs, factors=factors))

@@ -64,12 +64,14 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
     kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
     heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
-    if len(varying) > 1 and feeds_attention(node):
+    attention = len(varying) > 1 and feeds_attention(node)
+    if node in propagation.decisions.narrow or (attention and not heads):
+        # The width of a head: heads stay.
+        dim = varying[-1] if kinds[varying[-1]] != LITERAL else None
+        propagation.narrower.append(ids)
+    elif attention:
         # Whole heads: the dim before the width of a head.
-        narrow = not heads or node in propagation.decisions.narrow
-        dim = next((d for d in (varying[-1:] if narrow else heads) if kinds[d] != LITERAL), None)
-        if not narrow:
-            propagation.heads[node] = ids
+        dim = heads[0]
     else:
         dim = next((d for d in varying if kinds[d] == OWN), None)
         if dim is None:
@@ -85,7 +87,11 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
             nothing = line[:0]
             balance_counts(propagation, node, size_given(node, d), line)
             follow_count(propagation, node, size_given(node, d), nothing, static=node.meta["shape"][d])
-    return dim, _split(propagation, node, ids, varying, dim) if len(varying) > 1 else ids
+    if len(varying) > 1:
+        ids = _split(propagation, node, ids, varying, dim)
+        if dim < varying[-1]:
+            propagation.heads[node] = ids
+    return dim, ids
 
 
 # What lies between the view that makes heads and the product of queries and keys.
