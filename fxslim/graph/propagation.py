@@ -185,6 +185,11 @@ class Propagation:
         self.space.unify(np.broadcast_to(line, labels.ids.shape), labels.ids)
         return Labels(shape=labels.shape, ids=line)
 
+    def slots_of(self, ids: Ids) -> tuple[tuple[str, int], ...]:
+        """Where the first of these labels lives so far."""
+        label = ids.reshape(-1)[0]
+        return tuple(key for key, slot in self.slots.items() if label in slot.ids)
+
     def has_computed(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""
         return any(isinstance(value, fx.Node) and self.state_name(value) is None for value in values)

@@ -79,6 +79,18 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     return _moved(node, x.ids.reshape((1,) * missing + x.ids.shape))
 
 
+@rule("repeat")
+def repeat(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Whole copies one after the other along each dim; how many must not depend on channels."""
+    x = propagation.labels(node.args[0])
+    assert x is not None
+    times = [as_int(t) for t in node.args[1]]  # type: ignore[union-attr]
+    ids = x.ids.reshape((1,) * (len(times) - len(x.shape)) + x.ids.shape)
+    for d, count in enumerate(times):
+        follow_count(propagation, node, size_given(node, d), ids.reshape(-1)[:0], static=count)
+    return _moved(node, np.tile(ids, [count if ids.shape[d] > 1 else 1 for d, count in enumerate(times)]))
+
+
 @rule("cat")
 def concatenate(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Labels one after the other."""

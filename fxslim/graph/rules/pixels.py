@@ -72,8 +72,8 @@ def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
     """Reducing pixels keeps channels; reducing channels freezes them."""
     x = propagation.labels(node.args[0])
     results = results_without_channels(node)
-    if x is None or isinstance(results, list):
-        return propagation.freeze_inputs(node, "a reduction with several results")
+    if x is None:
+        return results
     dims = [a for a in node.args[1:] if isinstance(a, list | tuple)]
     chosen = dims[0] if dims else [a for a in node.args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
     reduced = {d % len(x.shape) for d in chosen} if chosen else set(range(len(x.shape)))  # type: ignore[operator]
@@ -82,11 +82,14 @@ def reduce_dims(propagation: Propagation, node: fx.Node) -> Labels | list[Labels
         return propagation.freeze_inputs(node, f"{node.meta['call'].name or 'a reduction'} over channels")
     if over:
         # Runs again with the rows tied.
-        return fixed(results.shape)
-    if len(results.shape) == len(x.shape):
-        return Labels(shape=results.shape, ids=x.ids)
-    kept = [size for d, size in enumerate(x.ids.shape) if d not in reduced]
-    return Labels(shape=results.shape, ids=x.ids.reshape(kept))
+        return results
+    kept = x.ids.reshape([size for d, size in enumerate(x.ids.shape) if d not in reduced])
+
+    def reduced_to(shape: tuple[int, ...]) -> Labels:
+        return Labels(shape=shape, ids=x.ids if len(shape) == len(x.shape) else kept)
+
+    # Values and their places, or a variance and a mean.
+    return [reduced_to(r.shape) for r in results] if isinstance(results, list) else reduced_to(results.shape)
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "_safe_softmax")

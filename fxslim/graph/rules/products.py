@@ -88,7 +88,6 @@ def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, heads:
     macs = math.prod(a.shape) * b.shape[-1] // max(propagation.batch, 1)
     factors: tuple[tuple[str, int], ...] = ()
     if heads is not None and heads.size > 1:
-        label = heads[0]
-        factors = tuple(key for key, slot in propagation.slots.items() if label in slot.ids)[:1]
+        factors = propagation.slots_of(heads)[:1]
     name = node.meta["module"] or "the model's forward"
     propagation.calls.append(LayerCall(name=name, macs=macs, factors=factors))
