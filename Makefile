@@ -17,10 +17,10 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo memory scaling abi sanitize clean
+.PHONY: help setup demo test check bench zoo zoo-timm memory scaling abi sanitize clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
 
 setup: $(READY)  ## environment with torch, torchvision and this project
 
@@ -56,6 +56,9 @@ bench: setup  ## kernels against torch's; writes a dated report
 zoo: setup  ## prune torchvision's convolutional models and prove each; writes a dated report
 	$(PYTHON) -m benchmarks.models.zoo --effects
 	$(PYTHON) -m benchmarks.models.zoo --effects --importance l2
+
+zoo-timm: setup  ## the same for 92 architectures of timm; first: pip install --no-deps timm huggingface_hub safetensors
+	$(PYTHON) -m benchmarks.models.timm_zoo
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
 	$(PYTHON) -m benchmarks.models.peak_memory
