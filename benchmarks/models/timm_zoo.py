@@ -14,6 +14,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +25,37 @@ from benchmarks.timing import machine
 from fxslim.graph.inputs import output_tensors
 from fxslim.pruning.verification import TOLERANCE, VISIBLE
 
-# Smallest variants; models whose blocks are all alike are built with fewer of them.
-FEW = {"depth": 2}
-MODELS: dict[str, dict[str, object]] = {
-    **dict.fromkeys(
-        """
-        resnet18 resnext50_32x4d res2net50_14w_8s legacy_seresnet18 ecaresnet26t gcresnext26ts resnest14d skresnet18
-        resnetblur50 resnetv2_50 densenet121 densenetblur121d dla46_c dpn68 hrnet_w18_small vovnet39a
-        ese_vovnet19b_slim_dw cspresnet50 darknet17 cs3darknet_focus_s efficientnet_b0 mixnet_s mobilenetv2_035
-        mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium mnasnet_small fbnetc_100 tinynet_e
-        lcnet_035 hardcorenas_a ghostnet_050 ghostnetv2_100 repghostnet_050 regnetx_002 regnety_002 nf_regnet_b0
-        convnext_atto convnextv2_atto legacy_xception inception_next_atto rexnet_100 repvgg_a0 mobileone_s0 levit_128s
-        pit_ti_224 poolformer_s12 edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientformerv2_s0
-        efficientvit_b0 efficientvit_m0 fastvit_t8 repvit_m0_9 starnet_s050 fasternet_t0 hgnetv2_b0 selecsls42 vgg11
-        mambaout_femto shvit_s1 lambda_resnet26t botnet26t_256 coat_lite_tiny
-        mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224 crossvit_tiny_240 nest_tiny gcvit_xxtiny volo_d1_224
-        caformer_s18 focalnet_tiny_srf convmixer_768_32
-        """.split(), {}
-    ),
-    **dict.fromkeys(
-        """
-        vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
-        beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 visformer_tiny tnt_s_patch16_224
-        eva02_tiny_patch14_224 naflexvit_base_patch16_gap convit_tiny
-        """.split(), FEW
-    ),
-    **dict.fromkeys(
-        """
-        swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 twins_svt_small twins_pcpvt_small
-        pvt_v2_b0 coatnet_pico_rw_224 coatnet_rmlp_nano_rw_224 maxvit_rmlp_pico_rw_256 davit_tiny
-        tiny_vit_5m_224
-        """.split(), {"depths": (1, 1, 1, 1)}
-    ),
+# Smallest variants; of models whose blocks are all alike, as few blocks as timm lets one ask for.
+WHOLE = """
+resnet18 resnext50_32x4d res2net50_14w_8s legacy_seresnet18 ecaresnet26t gcresnext26ts resnest14d skresnet18
+resnetblur50 resnetv2_50 densenet121 densenetblur121d dla46_c dpn68 hrnet_w18_small vovnet39a
+ese_vovnet19b_slim_dw cspresnet50 darknet17 cs3darknet_focus_s efficientnet_b0 mixnet_s mobilenetv2_035
+mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium mnasnet_small fbnetc_100 tinynet_e
+lcnet_035 hardcorenas_a ghostnet_050 ghostnetv2_100 repghostnet_050 regnetx_002 regnety_002 nf_regnet_b0
+convnext_atto convnextv2_atto legacy_xception inception_next_atto rexnet_100 repvgg_a0 mobileone_s0 levit_128s
+pit_ti_224 poolformer_s12 edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientformerv2_s0
+efficientvit_b0 efficientvit_m0 fastvit_t8 repvit_m0_9 starnet_s050 fasternet_t0 hgnetv2_b0 selecsls42 vgg11
+mambaout_femto shvit_s1 lambda_resnet26t botnet26t_256 coat_lite_tiny
+mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224 crossvit_tiny_240 nest_tiny gcvit_xxtiny volo_d1_224
+caformer_s18 focalnet_tiny_srf convmixer_768_32
+""".split()
+TWO_BLOCKS = """
+vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
+beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 visformer_tiny tnt_s_patch16_224
+eva02_tiny_patch14_224 naflexvit_base_patch16_gap convit_tiny
+""".split()
+BLOCK_BY_STAGE = """
+swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 twins_svt_small twins_pcpvt_small
+pvt_v2_b0 coatnet_pico_rw_224 coatnet_rmlp_nano_rw_224 maxvit_rmlp_pico_rw_256 davit_tiny
+tiny_vit_5m_224
+""".split()
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in WHOLE},
+    **{name: {"depth": 2} for name in TWO_BLOCKS},
+    **{name: {"depths": (1, 1, 1, 1)} for name in BLOCK_BY_STAGE},
     "sequencer2d_s": {"layers": (1, 1, 1, 1)},
     "hiera_tiny_224": {"stages": (1, 1, 1, 1)},
-}  # fmt: skip
+}
 SIZES = (64, 128, 224, 256)
 
 

@@ -47,7 +47,7 @@ class BiasInPieces(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        qkv = functional.linear(x, self.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        qkv = functional.linear(x.contiguous(), self.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
         q, k, v = qkv.reshape(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, length, -1))
@@ -89,6 +89,17 @@ class Repeated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.table.repeat(x.shape[0], 1, 1)
         return self.join(x.repeat(1, 1, 2))
+
+
+class TransposedWeight(nn.Module):
+    """A matrix product with a weight that the code transposes by the numbers of its dims."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.second = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.randn(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.transpose(-2, -1)) @ self.second.permute(1, 0)
 
 
 class Maxima(nn.Module):
@@ -145,6 +156,11 @@ def test_layers_over_positions_stay() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_repeated_tables_and_channels(seed: int) -> None:
     check_family(tokens(Repeated, seed), picture(), prunes="0 2.join", seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_transposed_weights(seed: int) -> None:
+    check_family(tokens(lambda width, _: TransposedWeight(width), seed), picture(), prunes="0 2", seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -41,6 +41,7 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
         return fixed(node.meta["shape"])
     result = _product(propagation, a, b, node.meta["shape"])
     if result is None:
+        _count(propagation, node, a, b, None)
         return propagation.freeze_inputs(node, UNCLEAR)
     heads = _batch_ids(a) if _batch_ids(a).size > 1 else _batch_ids(b)
     _count(propagation, node, a, b, heads)
