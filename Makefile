@@ -57,7 +57,7 @@ zoo: setup  ## prune torchvision's convolutional models and prove each; writes a
 	$(PYTHON) -m benchmarks.models.zoo --effects
 	$(PYTHON) -m benchmarks.models.zoo --effects --importance l2
 
-zoo-timm: setup  ## the same for 101 architectures of timm; first: pip install --no-deps timm huggingface_hub safetensors
+zoo-timm: setup  ## the same for 112 architectures of timm; first: pip install --no-deps timm huggingface_hub safetensors
 	$(PYTHON) -m benchmarks.models.timm_zoo
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prunes one or two architectures of each family in timm without help for any of them, and proves each result.
 
-    python -m benchmarks.models.timm_zoo [--only GLOB] [--jobs N] [--report FOLDER]
+    python -m benchmarks.models.timm_zoo [--only GLOB...] [--jobs N] [--report FOLDER]
+
+With ``--only``, the lines of all other models stay as they are in a report of the same day.
 
 timm is no part of fxslim's environment: `python -m pip install --no-deps timm huggingface_hub safetensors`
 into one that has torch and torchvision. Weights and statistics are random; nothing is downloaded.
@@ -38,6 +40,8 @@ efficientvit_b0 efficientvit_m0 fastvit_t8 repvit_m0_9 starnet_s050 fasternet_t0
 mambaout_femto shvit_s1 lambda_resnet26t botnet26t_256 coat_lite_tiny
 mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224 crossvit_tiny_240 nest_tiny gcvit_xxtiny volo_d1_224
 caformer_s18 focalnet_tiny_srf convmixer_768_32
+mvitv2_tiny coat_tiny bat_resnext26ts halonet26t regnetz_b16 tresnet_m swiftformer_xs rdnet_tiny nextvit_small
+eca_nfnet_l0 resnetv2_50x1_bit
 """.split()
 TWO_BLOCKS = """
 vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
@@ -89,8 +93,8 @@ def _second_input(model: nn.Module, size: int) -> Tensor:
     return larger
 
 
-def row(name: str) -> tuple[bool, str]:
-    """One line of the report, and whether the model passed."""
+def row(name: str) -> str:
+    """One line of the report."""
     model, x, other = build(name)
     start = time.process_time()
     plan = fxslim.plan_pruning(model, x, ratio=0.5, importance="random")
@@ -124,10 +128,10 @@ def row(name: str) -> tuple[bool, str]:
         f"{seconds:.1f}",
         "; ".join(sorted({reason.rpartition(" in ")[0] or reason for reason in frozen}))[:300],
     ]
-    return verdict == "OK", "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
-def guarded_row(name: str) -> tuple[bool, str]:
+def guarded_row(name: str) -> str:
     """A line for a model that fails, too."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -136,27 +140,35 @@ def guarded_row(name: str) -> tuple[bool, str]:
         return row(name)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:160]
-        return False, f"| {name} | | | FAILED | | | | | | | {type(error).__name__}: {first} |"
+        return f"| {name} | | | FAILED | | | | | | | {type(error).__name__}: {first} |"
+
+
+def _lines_of_others(path: Path, names: list[str]) -> dict[str, str]:
+    """Lines that a report of the same day has for other models."""
+    found = [line for line in path.read_text().splitlines() if line.startswith("| ")] if path.exists() else []
+    lines = {line.split("|")[1].strip(): line for line in found}
+    return {name: line for name, line in lines.items() if name in MODELS and name not in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--only", nargs="+", default=["*"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--report", type=Path, default=Path(__file__).parents[1] / "reports")
     options = parser.parse_args()
     import timm
 
-    names = sorted(fnmatch.filter(MODELS, options.only))
-    results = []
+    path = options.report / f"{datetime.date.today()}-zoo-timm.md"
+    names = sorted({name for glob in options.only for name in fnmatch.filter(MODELS, glob)})
+    lines = _lines_of_others(path, names)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for result in pool.map(guarded_row, names):
-            print(result[1], flush=True)
-            results.append(result)
-    passed = sum(ok for ok, _ in results)
+        for name, line in zip(names, pool.map(guarded_row, names), strict=True):
+            print(line, flush=True)
+            lines[name] = line
+    passed = sum("| OK |" in line for line in lines.values())
     head = [
         f"# Architectures of timm {timm.__version__}, {datetime.date.today()}", "", machine(), "",
-        f"{passed} of {len(results)} pruned to half their macs (random choice), equal to the silenced original in",
+        f"{passed} of {len(lines)} pruned to half their macs (random choice), equal to the silenced original in",
         f"float64 within {TOLERANCE:.0e} on two inputs (of two sizes where the model takes them), run forward and",
         "backward in train mode afterwards, with 95 % or more of the layers free. `relative` is the largest difference",
         "over the largest output, `effect` that of the removal itself, `free` the share of layers with removable",
@@ -166,9 +178,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     options.report.mkdir(parents=True, exist_ok=True)
-    path = options.report / f"{datetime.date.today()}-zoo-timm.md"
-    path.write_text("\n".join([*head, *(text for _, text in results), ""]))
-    print(f"{passed} of {len(results)} passed; wrote {path}")
+    path.write_text("\n".join([*head, *(lines[name] for name in sorted(lines)), ""]))
+    print(f"{passed} of {len(lines)} passed; wrote {path}")
 
 
 if __name__ == "__main__":
