@@ -24,6 +24,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 _WITH_SIZES = ("view", "reshape", "expand", "repeat", "tile", *_FACTORIES)
 _LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
+_CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 _WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "__setitem__", "unflatten", "tensor_split")
 
 
@@ -95,6 +96,9 @@ class CalledFunctions(TorchFunctionMode):
         if name in _WITH_CUTS:
             rest = (*args[1:], *kwargs.values())
             return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=_users_line())
+        if name in _CONVOLUTIONS:
+            groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+            return Call(name=name, sizes=(groups,), where=_users_line())
         if name == "multi_head_attention_forward":
             return Call(name=name, sizes=tuple(args[3:5]), where=_users_line())
         return Call(name=name)

@@ -59,6 +59,13 @@ def operator_name(node: fx.Node) -> str:
     return name.rstrip("_")
 
 
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether a value is a matrix with its two dims exchanged, however the code wrote that."""
+    if operator_name(node) not in ("t", "transpose", "permute", "numpy_T") or len(node.meta["shape"]) > 2:
+        return False
+    return bool(node.meta["stride"] == as_node(node.args[0]).meta["stride"][::-1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conflict:
     """Why a choice of channels does not work, and what to give up for it."""
@@ -183,7 +190,7 @@ class Propagation:
 
     def state_name(self, value: Any) -> str | None:
         """The name of the parameter or buffer that an argument is, or is a transposed view of."""
-        while isinstance(value, fx.Node) and value.op == "call_function" and operator_name(value) == "t":
+        while isinstance(value, fx.Node) and value.op == "call_function" and _is_transposed(value):
             value = value.args[0]
         return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
@@ -194,6 +201,11 @@ class Propagation:
         line = labels.ids[tuple(slice(None) if d == dim else slice(1) for d in range(labels.ids.ndim))]
         self.space.unify(np.broadcast_to(line, labels.ids.shape), labels.ids)
         return Labels(shape=labels.shape, ids=line)
+
+    def slots_of(self, ids: Ids) -> tuple[tuple[str, int], ...]:
+        """Where the first of these labels lives so far."""
+        label = ids.reshape(-1)[0]
+        return tuple(key for key, slot in self.slots.items() if label in slot.ids)
 
     def has_computed(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""

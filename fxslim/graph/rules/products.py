@@ -45,6 +45,7 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
         return fixed(node.meta["shape"])
     if result is None:
         _wish_single(propagation, a, b)
+        _count(propagation, node, a, b, None)
         return propagation.freeze_inputs(node, UNCLEAR)
     _count(propagation, node, a, b, a.ids if a.labelled else b.ids)
     return result
@@ -107,7 +108,6 @@ def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, ids: I
     macs = math.prod(a.shape) * b.shape[-1] // max(propagation.batch, 1)
     factors: tuple[tuple[str, int], ...] = ()
     if ids is not None and ids.any():
-        label = ids[ids != FIXED][0]
-        factors = tuple(key for key, slot in propagation.slots.items() if label in slot.ids)[:1]
+        factors = propagation.slots_of(ids[ids != FIXED][:1])[:1]
     name = node.meta["module"] or "the model's forward"
     propagation.calls.append(LayerCall(name=name, macs=macs, factors=factors))

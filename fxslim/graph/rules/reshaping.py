@@ -99,7 +99,7 @@ BETWEEN = frozenset(
     """
     permute transpose unbind getitem select slice squeeze unsqueeze clone contiguous expand mul div add neg cat
     _unsafe_view view reshape split split_with_sizes native_layer_norm rms_norm alias detach linalg_vector_norm
-    clamp_min repeat_interleave index_select _to_copy copy stack flatten where
+    clamp_min repeat_interleave index_select _to_copy copy stack flatten where _softmax
     """.split()
 )
 

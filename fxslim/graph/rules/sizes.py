@@ -96,7 +96,10 @@ def balance_counts(propagation: Propagation, node: fx.Node, given: Any, line: Id
     for leaf in leaves(given.expression) if isinstance(given, TaggedInt) else ():
         other = channels_of(propagation, leaf) if isinstance(leaf, Extent) else None
         if other is not None and line.size and not np.isin(line, other).any() and line.size % other.size == 0:
-            rows = np.concatenate([other[None], line.reshape(-1, other.size)])
+            # Each channel may have become several entries side by side (unfold).
+            one = line[:: line.size // other.size]
+            repeats = np.array_equal(line, np.repeat(one, line.size // other.size))
+            rows = np.concatenate([other[None], one[None] if repeats else line.reshape(-1, other.size)])
             propagation.space.balance(rows, f"a size read at {node.meta['call'].where}")
 
 
