@@ -149,15 +149,15 @@ def affordable(steps: Iterable[list[int]], groups: Sequence[ChannelGroup], left:
     group_of, left, chosen = numbers.tolist(), list(left), []
     for step in steps:
         if len(step) == 1:
-            group = group_of[step[0]]
-            if left[group] > 0:
-                left[group] -= 1
+            number = group_of[step[0]]
+            if left[number] > 0:
+                left[number] -= 1
                 chosen.append(step)
             continue
         needed = Counter(group_of[channel] for channel in step)
-        if all(left[group] >= count for group, count in needed.items()):
-            for group, count in needed.items():
-                left[group] -= count
+        if all(left[number] >= count for number, count in needed.items()):
+            for number, count in needed.items():
+                left[number] -= count
             chosen.append(step)
     return chosen
 

@@ -119,6 +119,8 @@ class LabelSpace:
     def keeps_rows(self, labels: Labels, dim: int) -> bool:
         """Whether a dim holds rows of a balance: it never gets shorter."""
         lines = np.moveaxis(labels.ids, dim, 0).reshape(labels.ids.shape[dim], -1)
+        # Behind a merge with the batch they repeat.
+        lines = np.stack(list({line.tobytes(): line for line in lines}.values()))
         return lines.shape[1] > 1 and any(_are_rows(lines, balance.rows) for balance in self.balances)
 
     def classes(self) -> Ids:

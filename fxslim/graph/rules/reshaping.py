@@ -65,13 +65,14 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
     heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
     attention = len(varying) > 1 and feeds_attention(node)
-    if node in propagation.decisions.narrow or (attention and not heads):
-        # The width of a head: heads stay.
+    one = any(ids.shape[d] == 1 and size_kind(propagation, size_given(node, d)) != LITERAL for d in new)
+    if node in propagation.decisions.narrow or (attention and one and not heads):
+        # Heads stay and get narrower; so does a single one.
         dim = varying[-1] if kinds[varying[-1]] != LITERAL else None
         propagation.narrower.append(ids)
     elif attention:
         # Whole heads: the dim before the width of a head.
-        dim = heads[0]
+        dim = next(iter(heads), None)
     else:
         dim = next((d for d in varying if kinds[d] == OWN), None)
         if dim is None:
