@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxslim.graph.tagged_sizes import Attribute, Extent, tagged
+from fxslim.graph.tagged_sizes import Attribute, Extent, as_number, tagged
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -24,6 +24,14 @@ _WITH_SIZES = ("view", "reshape", "expand", "repeat", "tile", *_FACTORIES)
 _LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
 _WITH_CUTS = ("split", "split_with_sizes", "narrow", "__getitem__", "__setitem__", "unflatten", "tensor_split")
 
+# Functions whose ints are numbers, not sizes; by their names without underscores.
+_WITH_NUMBERS = frozenset(
+    """
+    add sub mul div truediv floordiv pow radd rsub rmul rdiv rtruediv rfloordiv rpow iadd isub imul idiv itruediv
+    subtract multiply divide true_divide floor_divide tensor as_tensor scalar_tensor full_like fill masked_fill
+    addcmul addcdiv lerp clamp clip maximum minimum
+    """.split()
+)
 
 # Functions written down as one operator, not as what they are made of: a rule knows more about the whole.
 WHOLE = frozenset(
@@ -72,12 +80,22 @@ class CalledFunctions(TorchFunctionMode):
             sizes = self._with_tags(args[0], args[0].size())
             return sizes if dim is None else sizes[int(dim)]
         self.stack.append(self._call(name, args, kwargs))
+        args, kwargs = self._with_numbers(name, args, kwargs)
         try:
             if name in WHOLE:
                 return self.take_whole(func, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.stack.pop()
+
+    def _with_numbers(self, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments, with sizes that become numbers here noted; attention scales by the width of its heads."""
+        if name.strip("_") in _WITH_NUMBERS:
+            return [as_number(value) for value in args], {key: as_number(value) for key, value in kwargs.items()}
+        if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            query = args[0] if args else kwargs["query"]
+            return args, kwargs | {"scale": float(self._with_tags(query, query.shape)[-1]) ** -0.5}
+        return args, kwargs
 
     def _call(self, name: str, args: Any, kwargs: dict[str, Any]) -> Call:
         if name in _WITH_SIZES:

@@ -110,6 +110,7 @@ def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement
         shapes=graph.state_shapes,
         rows=tuple(rows),
         new_sizes=arrangement.attributes,
+        scalings=arrangement.scalings,
         macs=(cost.macs, round(cost.macs_with(shares))),
         params=(cost.params, round(cost.params_with(shares))),
         notes=(
