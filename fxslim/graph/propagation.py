@@ -16,6 +16,7 @@ from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compresse
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.slots import LayerCall, Slot, owner
+from fxslim.graph.tagged_sizes import Expression
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -73,8 +74,11 @@ class Conflict:
 class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
     as the others; views whose rows lose the very same entries; values that keep all their channels.
+
+    ``heads``: whether attention loses whole heads or entries of each head ("dim").
     """
 
+    heads: str = "whole"
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
@@ -82,6 +86,7 @@ class Decisions:
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
         more = Decisions(
+            heads=self.heads,
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
             whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
@@ -132,8 +137,12 @@ class Propagation:
         self.parts: dict[fx.Node, Part] = {}
         self.uses: list[tuple[fx.Node, tuple[str, int], Ids, int]] = []
         self.checks: list[SizeCheck] = []
+        # Labels along the first dim whose size was read from these attributes alone.
+        self.widths: dict[Expression, Ids] = {}
         # Rows that turned out to be reduced or mixed with each other.
         self.wishes: list[Conflict] = []
+        # States whose first rows, with these labels, are divided by the square root of how many are kept.
+        self.root_scaled: dict[str, Ids] = {}
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
         self.entries: dict[str, Ids] = {}

@@ -57,6 +57,7 @@ class Arranger:
             states=propagation.states,
             slot_ids={key: (slot.ids, slot.blocks) for key, slot in propagation.slots.items()},
             values=propagation.values,
+            space=propagation.space,
         )
         failure = sizes.failed(propagation.checks)
         if failure is not None:

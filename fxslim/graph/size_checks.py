@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxslim.graph.labels import Ids, Labels
+from fxslim.graph.labels import Ids, Labels, LabelSpace
 from fxslim.graph.surgery.attributes import new_attributes
 from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, solve
 
@@ -51,6 +51,7 @@ class NewSizes:
     states: dict[str, Tensor]
     slot_ids: dict[tuple[str, int], tuple[Ids, int]]
     values: dict[fx.Node, Labels | list[Labels]]
+    space: LabelSpace
     assigned: dict[Attribute, int] = field(default_factory=dict)
     _families: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -78,6 +79,8 @@ class NewSizes:
         labels = self.values.get(leaf.node)
         size = int(leaf.node.meta["shape"][leaf.dim])
         if not isinstance(labels, Labels) or labels.ids.shape[leaf.dim] == 1:
+            return size
+        if self.space.keeps_rows(labels, leaf.dim):
             return size
         return self.kept_count(labels.line(leaf.dim))
 

@@ -154,7 +154,7 @@ class TaggedInt(int):
     def __rtruediv__(self, other: Any) -> float:
         return _as_floats(operator.truediv, other, self)
 
-    def __pow__(self, other: Any, modulus: None = None) -> Any:
+    def __pow__(self, other: Any, modulus: None = None) -> Any:  # type: ignore[override]
         whole = isinstance(other, int) and other >= 0
         return int(self) ** int(other) if whole else _as_floats(operator.pow, self, other)
 

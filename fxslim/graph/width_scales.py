@@ -84,6 +84,11 @@ class WidthScales:
     def find(self) -> list[Unkept]:
         """Fill ``scalings``; what can't be kept that way."""
         failed: list[Unkept] = []
+        for name, ids in self.propagation.root_scaled.items():
+            kept = self.sizes.kept_count(ids)
+            if kept != ids.size:
+                factor, entries = math.sqrt(kept / ids.size), tuple(range(ids.size))
+                self.scalings.append(Scaling(name=name, dim=0, entries=entries, factor=factor))
         for recording in self.recordings:
             old = tuple(int(size) for size in recording.numbers)
             new = tuple(evaluate(size.expression, self.sizes.lookup) for size in recording.numbers)
@@ -254,7 +259,7 @@ class _Degrees:
         if name == "mm" or (name == "convolution" and node.args[2] is None):
             return sum(known), True
         if name == "baddbmm" and node.kwargs.get("beta", 1) == 0:
-            product = {value: degree for value, degree in zip(node.all_input_nodes, known, strict=True)}
+            product = dict(zip(node.all_input_nodes, known, strict=True))
             return product[as_node(node.args[1])] + product[as_node(node.args[2])], True
         if name == "div" and isinstance(node.args[0], fx.Node) and "rounding_mode" not in node.kwargs:
             return known[0] - sum(known[1:]), node.args[0] is not node.args[1]

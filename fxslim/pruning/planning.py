@@ -30,12 +30,14 @@ def plan_pruning(
     importance: str | Importance = "l2",
     skip: Iterable[str | type] = (),
     max_ratio: float = 0.9,
+    heads: str = "whole",
     seed: int = 0,
 ) -> PruningPlan:
     """Decide which channels to remove so that ``ratio`` of the target (macs, params or channels) goes.
 
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
-    model's own output stays by itself. Print the plan to see what it does.
+    model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
+    each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values. Print the plan to see what it does.
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -49,7 +51,7 @@ def plan_pruning(
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     model = without_compile_wrapper(model)
-    graph = trace(model, inputs)
+    graph = trace(model, inputs, heads=heads)
     while True:
         if not graph.groups and ratio > 0:
             raise PlanError(f"no channels can be removed:\n{graph.report()}")

@@ -4,9 +4,18 @@
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, compressed, fixed
+from fxslim.graph.labels import Ids, Labels, along, compressed, fixed
 from fxslim.graph.propagation import Propagation, as_int, as_node, operator_name, rule
-from fxslim.graph.rules.sizes import LITERAL, check_unlabelled, follow_count, shown_sizes, size_given, size_kind
+from fxslim.graph.rules.heads import SHARED, feeds_attention
+from fxslim.graph.rules.sizes import (
+    ATTRIBUTE,
+    LITERAL,
+    check_unlabelled,
+    follow_count,
+    shown_sizes,
+    size_given,
+    size_kind,
+)
 
 
 def _moved(node: fx.Node, ids: Ids) -> Labels:
@@ -66,8 +75,16 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x = propagation.labels(node.args[0])
     assert x is not None
     missing = len(node.meta["shape"]) - len(x.shape)
+    heads = _new_heads(propagation, node, x)
+    if heads is not None:
+        propagation.freeze(x, node, SHARED)
+        line = propagation.space.fresh(node.meta["shape"][heads])
+        follow_count(propagation, node, size_given(node, heads), line)
+        return along(node.meta["shape"], heads, line)
     check_unlabelled(propagation, node, [d for d in range(len(node.meta["shape"])) if d - missing not in x.varying])
-    for d in x.varying:
+    rows = [d for d in x.varying if propagation.space.keeps_rows(x, d)]
+    check_unlabelled(propagation, node, [d + missing for d in rows])
+    for d in (d for d in x.varying if d not in rows):
         given = size_given(node, d + missing)
         if size_kind(propagation, given) == LITERAL:
             check_unlabelled(propagation, node, list(range(len(node.meta["shape"]))))
@@ -77,6 +94,17 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
             )
         follow_count(propagation, node, given, x.line(d))
     return _moved(node, x.ids.reshape((1,) * missing + x.ids.shape))
+
+
+def _new_heads(propagation: Propagation, node: fx.Node, x: Labels) -> int | None:
+    """The dim along which one head is repeated for as many as an attribute says, where whole heads go."""
+    shape, last = node.meta["shape"], len(x.shape) - 1
+    if propagation.decisions.heads != "whole" or any(d != last for d in x.varying) or not feeds_attention(node):
+        return None
+    missing = len(shape) - len(x.shape)
+    new = [d for d in range(len(shape) - 2) if shape[d] > 1 and (d < missing or x.shape[d - missing] == 1)]
+    new = [d for d in new if size_kind(propagation, size_given(node, d)) == ATTRIBUTE]
+    return new[0] if len(new) == 1 else None
 
 
 @rule("cat")

@@ -6,8 +6,9 @@ import math
 import numpy as np
 from torch import fx
 
-from fxslim.graph.labels import Ids, Labels, compressed, fixed
-from fxslim.graph.propagation import Propagation, combined, rule
+from fxslim.graph.labels import FIXED, Ids, Labels, compressed, fixed
+from fxslim.graph.propagation import Propagation, as_node, combined, operator_name, rule
+from fxslim.graph.rules.heads import SHARED
 from fxslim.graph.slots import LayerCall
 
 UNCLEAR = "matrix product of activations along different channels"
@@ -39,32 +40,66 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
     if not a.labelled and not b.labelled:
         _count(propagation, node, a, b, None)
         return fixed(node.meta["shape"])
-    result = _product(propagation, a, b, node.meta["shape"])
+    a, b = _without_shared(propagation, node, a, b)
+    result = _product(propagation, a, b, node.meta["shape"], (_is_repeated(left), _is_repeated(right)))
     if result is None:
+        _count(propagation, node, a, b, None)
         return propagation.freeze_inputs(node, UNCLEAR)
-    heads = _batch_ids(a) if _batch_ids(a).size > 1 else _batch_ids(b)
-    _count(propagation, node, a, b, heads)
+    _count(propagation, node, a, b, a.ids if a.labelled else b.ids)
     return result
 
 
-def _batch_ids(x: Labels) -> Ids:
-    """Labels of the batch dims of a value whose channels lie there only."""
-    rank = len(x.shape)
-    return x.ids.reshape(-1) if all(d < rank - 2 for d in x.varying) else np.zeros(1, dtype=np.int64)
+def _without_shared(propagation: Propagation, node: fx.Node, a: Labels, b: Labels) -> tuple[Labels, Labels]:
+    """The operands, without labels that lose: of heads and of their width only one can shrink."""
+    rank = len(a.shape)
+    if len(b.shape) != rank:
+        return a, b
+    if propagation.decisions.heads == "dim":
+        # Tables with an entry for each head: heads get narrower, so all of them stay.
+        for x in (a, b):
+            if x.varying and all(d < rank - 2 for d in x.varying):
+                propagation.freeze(x, node, "heads stay where each gets narrower")
+        a, b = (fixed(x.shape) if x.varying and max(x.varying) < rank - 2 else x for x in (a, b))
+        return a, b
+    heads_a, heads_b = (bool(x.varying) and all(d < rank - 1 for d in x.varying) for x in (a, b))
+    if heads_a and b.varying in ([rank - 2], [rank - 1]):
+        propagation.freeze(b, node, SHARED)
+        return a, fixed(b.shape)
+    if heads_b and rank - 2 not in b.varying and a.varying == [rank - 1]:
+        propagation.freeze(a, node, SHARED)
+        return fixed(a.shape), b
+    return a, b
 
 
-def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, ...]) -> Labels | None:
+def _is_repeated(value: object) -> bool:
+    """Whether the product itself repeats an operand for all heads, so that it follows when heads go."""
+    while isinstance(value, fx.Node) and operator_name(value) in ("view", "_unsafe_view", "reshape", "clone"):
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or operator_name(value) != "expand" or value.meta["call"].sizes is not None:
+        return False
+    before = as_node(value.args[0]).meta["shape"]
+    shape = value.meta["shape"]
+    return (1,) * (len(shape) - len(before)) + before != shape
+
+
+def _product(
+    propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, ...], repeated: tuple[bool, bool]
+) -> Labels | None:
     """Labels of the result; None where the operands' channels do not fit together."""
     rank = len(shape)
     if len(a.shape) != rank or len(b.shape) != rank:
         return None
     rows, columns = rank - 2, rank - 1
+    if columns in a.varying and rows in b.varying:
+        # Rows that are summed over the same dim lose the same entries of it.
+        a = propagation.tied_along(a, columns) if rows in a.varying else a
+        b = propagation.tied_along(b, rows) if columns in b.varying else b
     batch_a, batch_b = ([d for d in x.varying if d < rows] for x in (a, b))
     if (columns in a.varying) != (rows in b.varying):
         return None
     if columns in a.varying:
-        # Both lose the same terms of the sum.
-        if rows in a.varying or columns in b.varying or batch_a != batch_b:
+        # Both lose the same terms of the sum; one that is the same for all heads ties them.
+        if batch_a and batch_b and batch_a != batch_b:
             return None
         propagation.space.unify(a.ids, np.swapaxes(b.ids, rows, columns))
         return fixed(shape)
@@ -75,7 +110,7 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
             return None
         propagation.space.unify(a.ids, b.ids)
     carrier, other = (a, b) if a.varying else (b, a)
-    if not other.varying and any(
+    if not (other.varying or repeated[carrier is a]) and any(
         other.shape[d] > 1 and not propagation.space.keeps_rows(carrier, d) for d in carrier.varying if d < rows
     ):
         # The other operand has entries for each head, but they are no channels.
@@ -83,12 +118,12 @@ def _product(propagation: Propagation, a: Labels, b: Labels, shape: tuple[int, .
     return compressed(Labels(shape=shape, ids=carrier.ids))
 
 
-def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, heads: Ids | None) -> None:
-    """Multiply-adds of one product; they shrink with the heads."""
+def _count(propagation: Propagation, node: fx.Node, a: Labels, b: Labels, ids: Ids | None) -> None:
+    """Multiply-adds of one product; they shrink with the heads, or their width."""
     macs = math.prod(a.shape) * b.shape[-1] // max(propagation.batch, 1)
     factors: tuple[tuple[str, int], ...] = ()
-    if heads is not None and heads.size > 1:
-        label = heads[0]
+    if ids is not None and ids.any():
+        label = ids[ids != FIXED][0]
         factors = tuple(key for key, slot in propagation.slots.items() if label in slot.ids)[:1]
     name = node.meta["module"] or "the model's forward"
     propagation.calls.append(LayerCall(name=name, macs=macs, factors=factors))
