@@ -103,14 +103,14 @@ class CalledFunctions(TorchFunctionMode):
             given = rest[0] if rest else kwargs.get("shape", kwargs.get("size"))
             sizes = tuple(given) if isinstance(given, tuple | list) else tuple(rest)
             known = all(isinstance(size, int) for size in sizes)
-            return Call(name=name, sizes=sizes if known else None, where=_users_line())
+            return Call(name=name, sizes=sizes if known else None, where=users_line())
         if name in _LIKE_ANOTHER and len(args) > 1:
-            return Call(name=name, sizes=tuple(self._with_tags(args[1], args[1].shape)), where=_users_line())
+            return Call(name=name, sizes=tuple(self._with_tags(args[1], args[1].shape)), where=users_line())
         if name in _WITH_CUTS:
             rest = (*args[1:], *kwargs.values())
-            return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=_users_line())
+            return Call(name=name, sizes=tuple(_without_tensors(value) for value in rest), where=users_line())
         if name == "multi_head_attention_forward":
-            return Call(name=name, sizes=tuple(args[3:5]), where=_users_line())
+            return Call(name=name, sizes=tuple(args[3:5]), where=users_line())
         return Call(name=name)
 
 
@@ -120,7 +120,7 @@ def _without_tensors(value: Any) -> Any:
     return value if isinstance(value, int | slice | type(None) | type(...)) else None
 
 
-def _users_line() -> str:
+def users_line() -> str:
     """File and line of the first caller outside torch and this package."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxslim.errors import TraceError
-from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
+from fxslim.graph.function_calls import CalledFunctions, tagged_attributes, users_line
 from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.model_state import ModelState
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
@@ -184,7 +184,7 @@ def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers: tuple[int, ...] = ()) -> Recording:
     """Run the model once and write down what it executes."""
     example, inputs = inputs, inputs.copied()
-    numbers = NumbersRead(answers)
+    numbers = NumbersRead(answers, users_line)
     module_stack = list[str]()
     recorder = _Recorder(model, module_stack)
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]

@@ -77,11 +77,9 @@ class Arranger:
         nothing = np.zeros(0, dtype=np.int64)
         conflicts = []
         for one in unkept:
-            reason = f"a number is computed from a width at {one.node.meta['call'].where or one.node.meta['module']}"
-            conflicts += [
-                self._give_up(SizeCheck(node=one.node, expression=s.expression, ids=nothing, static=int(s)), reason)
-                for s in one.sizes
-            ]
+            for size in one.sizes:
+                check = SizeCheck(node=one.node, expression=size.expression, ids=nothing, static=int(size))
+                conflicts.append(self._give_up(check, f"a number is computed from a width at {size.where}"))
         return Conflict(reason=conflicts[0].reason, whole=tuple(node for c in conflicts for node in c.whole))
 
     def _give_up(self, failed: SizeCheck, reason: str) -> Conflict:

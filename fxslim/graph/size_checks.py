@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxslim.graph.labels import Ids, Labels, LabelSpace
 from fxslim.graph.surgery.attributes import new_attributes
-from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, solve
+from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, leaves, solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,8 @@ class NewSizes:
 
     def failed(self, checks: list[SizeCheck]) -> tuple[SizeCheck, str] | None:
         """Find attribute values that satisfy all checks; the first check for which there are none, and why."""
+        # Sizes of one attribute first: they leave no choice, where a product of two does.
+        checks = sorted(checks, key=lambda check: sum(isinstance(leaf, Attribute) for leaf in leaves(check.expression)))
         for final in (False, True):
             for check in checks:
                 wanted, rest = divmod(self.kept_count(check.ids), check.parts)

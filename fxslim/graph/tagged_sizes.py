@@ -64,13 +64,16 @@ class NumbersRead:
     What such a number does to the model is found by running it again with other answers.
     """
 
-    def __init__(self, answers: tuple[int, ...] = ()) -> None:
+    def __init__(self, answers: tuple[int, ...], users_line: Callable[[], str]) -> None:
         self.sizes: list[TaggedInt] = []
         self.answers = answers
+        self.users_line = users_line
 
     def answer(self, size: "TaggedInt") -> int:
         """What the forward is told where it asks for a size as a number."""
-        self.sizes.append(size)
+        noted = tagged(int(size), size.expression)
+        noted.where = self.users_line()
+        self.sizes.append(noted)
         return self.answers[len(self.sizes) - 1] if len(self.sizes) <= len(self.answers) else int(size)
 
 
@@ -99,6 +102,8 @@ class TaggedInt(int):
     """An int with the expression that made it."""
 
     expression: Expression
+    # File and line where it was used as a number.
+    where: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
