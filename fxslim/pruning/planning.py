@@ -37,7 +37,8 @@ def plan_pruning(
 
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
     model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
-    each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values. Print the plan to see what it does.
+    each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values. Print
+    the plan to see what it does.
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))

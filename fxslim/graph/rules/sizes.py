@@ -57,6 +57,8 @@ def follow_count(
     if not isinstance(given, TaggedInt):
         return
     balance_counts(propagation, node, given, line)
+    if parts == 1 and line.size and not static:
+        balance_readers(propagation, node, given, line)
     expression = given.expression
     propagation.checks.append(SizeCheck(node=node, expression=expression, ids=line, parts=parts, static=static))
 
