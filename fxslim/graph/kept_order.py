@@ -114,6 +114,9 @@ class KeptOrder:
             return None
         if not np.isin(labels.ids, np.concatenate([self._ids(value).reshape(-1) for value in odd])).any():
             return np.zeros(0, dtype=np.int64)
+        if name in ("bmm", "baddbmm"):
+            # The other factor has no channels, or some that stay.
+            inputs = [value for value in inputs if self._ids(value).size == labels.ids.size]
         return self._same(labels, [value for value in inputs if self._ids(value).size > 1])
 
     def _same(self, labels: Labels, operands: list[fx.Node]) -> Ids | None:

@@ -16,6 +16,7 @@ from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compresse
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.slots import LayerCall, Slot, SlotKey, owner
+from fxslim.graph.tagged_sizes import Expression
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -83,8 +84,11 @@ class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
     as the others; views whose rows lose the very same entries; values that keep all their channels; those that are
     one head for several others; and views that make heads, which stay and get narrower.
+
+    ``heads``: whether attention loses whole heads or entries of each head ("dim").
     """
 
+    heads: str = "whole"
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
@@ -94,6 +98,7 @@ class Decisions:
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
         more = Decisions(
+            heads=self.heads,
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
             single=self.single.union(*(conflict.single for conflict in conflicts)),
@@ -149,8 +154,12 @@ class Propagation:
         # Views that make heads of which whole ones go, and labels of heads that get narrower.
         self.heads: dict[fx.Node, Ids] = {}
         self.narrower: list[Ids] = []
+        # Labels along the first dim whose size was read from these attributes alone.
+        self.widths: dict[Expression, Ids] = {}
         # Rows that turned out to be reduced or mixed with each other, heads whose width is looked at.
         self.wishes: list[Conflict] = []
+        # States whose first rows, with these labels, are divided by the square root of how many are kept.
+        self.root_scaled: dict[str, Ids] = {}
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
         self.entries: dict[str, Ids] = {}

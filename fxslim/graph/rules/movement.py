@@ -76,7 +76,9 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         before = (1,) * missing + x.shape
         return repeated(propagation, node, [d for d, size in enumerate(before) if size == 1])
     check_unlabelled(propagation, node, [d for d in range(len(node.meta["shape"])) if d - missing not in x.varying])
-    for d in x.varying:
+    rows = [d for d in x.varying if propagation.space.keeps_rows(x, d)]
+    check_unlabelled(propagation, node, [d + missing for d in rows])
+    for d in (d for d in x.varying if d not in rows):
         given = size_given(node, d + missing)
         if size_kind(propagation, given) == LITERAL:
             check_unlabelled(propagation, node, list(range(len(node.meta["shape"]))))
