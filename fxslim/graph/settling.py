@@ -78,8 +78,13 @@ class Arranger:
         conflicts = []
         for one in unkept:
             for size in one.sizes:
+                reason = f"a number is computed from a width at {size.where}"
+                read = tuple(leaf.node for leaf in leaves(size.expression) if isinstance(leaf, Extent))
+                if any(node not in self.propagation.decisions.whole for node in read):
+                    conflicts.append(Conflict(reason=reason, whole=read))
+                    continue
                 check = SizeCheck(node=one.node, expression=size.expression, ids=nothing, static=int(size))
-                conflicts.append(self._give_up(check, f"a number is computed from a width at {size.where}"))
+                conflicts.append(self._give_up(check, reason))
         return Conflict(reason=conflicts[0].reason, whole=tuple(node for c in conflicts for node in c.whole))
 
     def _give_up(self, failed: SizeCheck, reason: str) -> Conflict:

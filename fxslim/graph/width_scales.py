@@ -76,12 +76,6 @@ class WidthScales:
         # Slots with their labels, by the operator that uses them.
         self.uses: dict[fx.Node, list[tuple[tuple[str, int], Ids]]] = {}
         self.made: dict[fx.Node, tuple[str, Ids]] = {}
-        for node, key, ids, blocks in propagation.uses:
-            if key is None:
-                continue
-            self.uses.setdefault(node, []).append((key, ids))
-            if operator_name(node) in _LAYERS and blocks == 1 and propagation.slots[key].role == "producer":
-                self.made[node] = key[0], ids
 
     def find(self) -> list[Unkept]:
         """Fill ``scalings``; what can't be kept that way."""
@@ -98,15 +92,27 @@ class WidthScales:
             if found is None:
                 moved = tuple(size for size, a, b in zip(recording.numbers, old, new, strict=True) if a != b)
                 return [Unkept(node=recording.outputs[0], sizes=moved)]
-            self.changed |= {node: multiple for node, multiple in found.items() if node.users}
+            used = (node for node in found if node.users or node in recording.outputs)
+            self.changed |= {node: found[node] for node in used}
+        if self.changed:
+            self._note_uses()
         for node in self.changed:
             if node not in self.settled and not any(self._settle(line) for line in self._candidates(node)):
                 failed.append(Unkept(node=node, sizes=()))
         return self._blamed(failed) if failed else []
 
+    def _note_uses(self) -> None:
+        propagation = self.propagation
+        for node, key, ids, blocks in propagation.uses:
+            if key is None:
+                continue
+            self.uses.setdefault(node, []).append((key, ids))
+            if operator_name(node) in _LAYERS and blocks == 1 and propagation.slots[key].role == "producer":
+                self.made[node] = key[0], ids
+
     def _blamed(self, failed: list[Unkept]) -> list[Unkept]:
         """Each with the sizes that change its number, found one by one."""
-        nodes, result = {one.node for one in failed}, list[Unkept]()
+        nodes, result, moved = {one.node for one in failed}, list[Unkept](), list[TaggedInt]()
         for recording in self.recordings:
             old = tuple(int(size) for size in recording.numbers)
             for expression in dict.fromkeys(size.expression for size in recording.numbers):
@@ -117,9 +123,10 @@ class WidthScales:
                     continue
                 found = changed_operators(recording, answers)
                 size = recording.numbers[mine.index(True)]
+                moved.append(size)
                 for node in nodes.intersection(found) if found is not None else [recording.outputs[0]]:
                     result.append(Unkept(node=node, sizes=(size,)))
-        return result or failed
+        return result or [Unkept(node=failed[0].node, sizes=tuple(moved))]
 
     # --- layers before an operator
 

@@ -121,10 +121,17 @@ class Read(nn.Module):
             return self.head(self.b(torch.tanh(y) / math.sqrt(y.shape[-1])))
         if self.way == "path":
             return self.head(self.b(y.relu() if y.shape[-1] ** 0.5 > 2.9 else y))
+        if self.way == "output":
+            return self.head(self.b(y)) / y.shape[-1] ** 0.5
         return self.head(self.b(y).pow(2) * torch.tensor(y.shape[-1]))
 
 
-@pytest.mark.parametrize("way", ["two readers", "added", "bent", "path"])
+def test_the_last_layer_makes_up_for_a_scaled_output() -> None:
+    plan = pruned(randomise(Read("output")), X)
+    assert {one.name for one in plan.scalings} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("way", ["two readers", "added", "bent", "path", "squared"])
 def test_without_a_way_out_the_width_stays(way: str) -> None:
     model = randomise(Read(way))
     graph = fxslim.trace(model, X)
