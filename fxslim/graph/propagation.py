@@ -317,7 +317,7 @@ class Propagation:
             if node.op == "call_function":
                 made = self._labels_after(node)
                 if node in self.decisions.single and isinstance(made, Labels):
-                    self.freeze(made, node, "one head for several")
+                    self.freeze(made, node, "one head is shared by all queries, whose heads go")
                     made = fixed(made.shape)
                 self.values[node] = made
         self._node = None

@@ -10,6 +10,7 @@ from fxslim.graph.labels import FIXED, Ids, Labels, compressed, fixed
 from fxslim.graph.propagation import Conflict, Propagation, as_node, combined, operator_name, rule
 from fxslim.graph.slots import LayerCall
 
+SHARED = "one head is shared by all queries, whose heads go: its width stays"
 UNCLEAR = "matrix product of activations along different channels"
 
 
@@ -44,15 +45,17 @@ def multiply_activations(propagation: Propagation, node: fx.Node, left: object, 
     if result is None and (propagation.narrow_heads(node, a, b) or propagation.narrow_heads(node, b, a)):
         # Heads of one operand are narrower already: runs again with those of both.
         return fixed(node.meta["shape"])
+    if result is None and not _wish_single(propagation, a, b):
+        a, b = _without_shared(propagation, node, a, b)
+        result = _product(propagation, a, b, node.meta["shape"], (_is_repeated(left), _is_repeated(right)))
     if result is None:
-        _wish_single(propagation, a, b)
         _count(propagation, node, a, b, None)
         return propagation.freeze_inputs(node, UNCLEAR)
     _count(propagation, node, a, b, a.ids if a.labelled else b.ids)
     return result
 
 
-def _wish_single(propagation: Propagation, a: Labels, b: Labels) -> None:
+def _wish_single(propagation: Propagation, a: Labels, b: Labels) -> bool:
     """Where heads meet the width of a head that is the only one, that one stays and the others are free."""
     inner = len(a.shape) - 2
     for heads, width in ((a, b), (b, a)):
@@ -62,12 +65,29 @@ def _wish_single(propagation: Propagation, a: Labels, b: Labels) -> None:
             continue
         source = next((node for node, x in propagation.values.items() if _makes_part(node, x, width)), None)
         if source is not None:
-            propagation.wishes.append(Conflict(reason="several heads share one", single=(source,)))
+            propagation.wishes.append(Conflict(reason=SHARED, single=(source,)))
+            return True
+    return False
 
 
 def _makes_part(node: fx.Node, x: Labels | list[Labels], of: Labels) -> bool:
     """Whether an operator's result has channels of another value only."""
     return node.op == "call_function" and isinstance(x, Labels) and x.labelled and bool(np.isin(x.ids, of.ids).all())
+
+
+def _without_shared(propagation: Propagation, node: fx.Node, a: Labels, b: Labels) -> tuple[Labels, Labels]:
+    """The operands, where heads that are rows meet the width of one head that all share: it stays."""
+    rank = len(a.shape)
+    if len(b.shape) != rank or propagation.decisions.heads == "dim":
+        return a, b
+    heads_a, heads_b = (bool(x.varying) and all(d < rank - 1 for d in x.varying) for x in (a, b))
+    if heads_a and b.varying in ([rank - 2], [rank - 1]):
+        propagation.freeze(b, node, SHARED)
+        return a, fixed(b.shape)
+    if heads_b and rank - 2 not in b.varying and a.varying == [rank - 1]:
+        propagation.freeze(a, node, SHARED)
+        return fixed(a.shape), b
+    return a, b
 
 
 def _without_heads(propagation: Propagation, node: fx.Node, a: Labels, b: Labels) -> tuple[Labels, Labels]:
