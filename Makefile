@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers memory scaling abi sanitize clean
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm memory scaling abi sanitize clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -59,6 +59,9 @@ zoo: setup  ## prune torchvision's models and prove each; writes a dated report
 
 zoo-transformers: setup  ## Hugging Face's models from small configs (first: pip install transformers); writes a dated report
 	$(PYTHON) -m benchmarks.models.transformers_zoo
+
+zoo-timm: setup  ## the same for 112 architectures of timm; first: pip install --no-deps timm huggingface_hub safetensors
+	$(PYTHON) -m benchmarks.models.timm_zoo
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
 	$(PYTHON) -m benchmarks.models.peak_memory

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model, list_models
 from torchvision.models import detection as family
+from torchvision.models import get_model, list_models
 
 NAMES = tuple(list_models(module=family))
 # Layers that make raw outputs, before boxes are chosen: each model has some of them.

@@ -15,7 +15,7 @@ from fxslim.graph.cost import Cost
 from fxslim.graph.freeze_report import tell_freezes
 from fxslim.graph.groups import ChannelGroup, ResolvedLabels
 from fxslim.graph.inputs import Inputs, as_inputs
-from fxslim.graph.propagation import Conflict
+from fxslim.graph.propagation import Conflict, Decisions
 from fxslim.graph.recording import Recording, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.settling import Arranger, settle
@@ -110,9 +110,10 @@ class ChannelGraph:
         return f"<table><tr><th>group</th><th>channels</th><th>layers</th></tr>{rows}</table>"
 
 
-def trace(model: nn.Module, inputs: Any, *, train_inputs: Any = None) -> ChannelGraph:
+def trace(model: nn.Module, inputs: Any, *, heads: str = "whole", train_inputs: Any = None) -> ChannelGraph:
     """Record the model on example inputs and find its groups of channels.
 
+    ``heads``: attention loses whole heads, or ("dim") equally many entries of each head.
     ``train_inputs`` are example inputs of its train mode, where that needs others (a detector's targets).
 
     >>> from torch import nn, randn
@@ -120,6 +121,8 @@ def trace(model: nn.Module, inputs: Any, *, train_inputs: Any = None) -> Channel
     >>> print(trace(net, randn(1, 3, 8, 8)).groups[0])
     0: 8 channels | makes 0.weight[0] | reads 2.weight[1] | with 0.bias[0]
     """
+    if heads not in ("whole", "dim"):
+        raise ConfigError(f"heads={heads!r} must be 'whole' (heads go) or 'dim' (each head gets narrower)")
     refuse_wrapped(model)
     model = without_compile_wrapper(model)
     examples = as_inputs(inputs)
@@ -131,7 +134,7 @@ def trace(model: nn.Module, inputs: Any, *, train_inputs: Any = None) -> Channel
         else:
             recordings += [record(model, example, training=True) for example in as_inputs(train_inputs)]
             notes = []
-    return _graph_of(model, settle(model, recordings), tuple(notes))
+    return _graph_of(model, settle(model, recordings, Decisions(heads=heads)), tuple(notes))
 
 
 def _graph_of(model: nn.Module, arranger: Arranger, notes: tuple[str, ...]) -> ChannelGraph:

@@ -12,6 +12,9 @@ HINTS = {
     "picks channels by number": "slice by a size that is computed, such as x.shape[1] // 2, or by an attribute",
     "a slice up to": "slice by a size that is computed, such as x.shape[1] // 2, or by an attribute",
     "has no rule": "tell us of the operator; until then its inputs stay whole",
+    "activations along different channels": "each entry belongs to two channels; heads='whole' may remove whole heads",
+    "shared by all queries": "heads='dim' makes each head narrower instead of removing whole ones",
+    "computed from a width": "keep the number as a float attribute of the module (self.scale = width ** -0.5)",
     "not reached": "give example inputs that take this path: inputs=[first, second]",
     "first state of a recurrent layer": "let the layer make its first state itself",
 }

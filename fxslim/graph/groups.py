@@ -144,8 +144,8 @@ def affordable(steps: Iterable[list[int]], groups: Sequence[ChannelGroup], left:
     """The steps that can be made one after the other while group i has ``left[i]`` channels to lose."""
     size = 1 + max((int(group.channels.max()) for group in groups), default=0)
     numbers = np.zeros(size, dtype=np.int64)
-    for i, group in enumerate(groups):
-        numbers[group.channels] = i
+    for i, members in enumerate(groups):
+        numbers[members.channels] = i
     group_of, left, chosen = numbers.tolist(), list(left), []
     for step in steps:
         if len(step) == 1:
@@ -163,12 +163,17 @@ def affordable(steps: Iterable[list[int]], groups: Sequence[ChannelGroup], left:
 
 
 def distinct_balances(balances: Iterable[Ids]) -> list[Ids]:
-    """Balances without rows that hold the same channels as another, each once; a single row asks for nothing."""
-    found: dict[bytes, Ids] = {}
+    """Balances without rows that hold the same channels as another, each once; a single row asks for nothing.
+
+    >>> [rows.shape for rows in distinct_balances([np.arange(12).reshape(2, 6), np.arange(12).reshape(3, 4)])]
+    [(2, 6), (3, 4)]
+    """
+    found: dict[tuple[int, bytes], Ids] = {}
     for rows in balances:
         different = {row.tobytes(): row for row in np.sort(rows, axis=1)}
         if len(different) > 1:
-            found.setdefault(b"".join(sorted(different)), np.stack(list(different.values())))
+            kept = np.stack([different[key] for key in sorted(different)])
+            found.setdefault((len(kept), kept.tobytes()), kept)
     return list(found.values())
 
 

@@ -29,6 +29,10 @@ PARTING = frozenset(
 )
 
 
+# These move channels in one step: behind another shuffle they are given up.
+SHUFFLING = frozenset(["channel_shuffle", "native_channel_shuffle"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Misorder:
     """A value whose channels would have to lie in two different orders, and the views that could cause it."""
@@ -45,7 +49,7 @@ class KeptOrder:
     """
 
     def __init__(self, propagation: Propagation, classes: Ids, keep: np.ndarray) -> None:
-        self.propagation = propagation
+        self.propagation, self.classes = propagation, classes
         self.kept_label = keep[classes]
         self.layouts: dict[fx.Node, Ids] = {}
         self.sources: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -106,15 +110,21 @@ class KeptOrder:
             return self._part(node, labels)
         if name == "cat":
             return self._joined(node, labels)
+        if name in SHUFFLING:
+            return None
         if not np.isin(labels.ids, np.concatenate([self._ids(value).reshape(-1) for value in odd])).any():
             return np.zeros(0, dtype=np.int64)
+        if name in ("bmm", "baddbmm"):
+            # The other factor has no channels, or some that stay.
+            inputs = [value for value in inputs if self._ids(value).size == labels.ids.size]
         return self._same(labels, [value for value in inputs if self._ids(value).size > 1])
 
     def _same(self, labels: Labels, operands: list[fx.Node]) -> Ids | None:
         """The common layout of operands that meet entry by entry, along the result's dims."""
         first: Ids | None = None
         for value in sorted(operands, key=lambda v: v.op == "get_attr"):
-            if self._ids(value).size != labels.ids.size:
+            if not np.array_equal(self._classes(self._ids(value)), self._classes(labels.ids)):
+                # Other sizes, or an operator that moves channels by itself.
                 return None
             if value.op == "get_attr" and first is not None:
                 # A parameter lies as it is needed.
@@ -215,6 +225,9 @@ class KeptOrder:
     def _ids(self, value: fx.Node) -> Ids:
         labels = self.propagation.values.get(value)
         return labels.ids if isinstance(labels, Labels) else np.zeros(1, dtype=np.int64)
+
+    def _classes(self, ids: Ids) -> Ids:
+        return self.classes[ids.reshape(-1)]
 
     def _natural(self, labels: Labels) -> Ids:
         return np.flatnonzero(self.kept_label[labels.ids.reshape(-1)])

@@ -145,13 +145,15 @@ class LabelSpace:
 
 
 def _are_rows(lines: Ids, rows: Ids) -> bool:
-    """Whether each line is made of whole rows."""
+    """Whether each line is made of whole rows, and lines that differ have no row in common."""
+    lines = np.unique(lines, axis=0)
     flat = rows.reshape(-1)
-    if flat.size != lines.size:
-        return False
     order = np.argsort(flat, kind="stable")
     found = order[np.searchsorted(flat, lines.reshape(-1), sorter=order).clip(max=flat.size - 1)]
-    if not np.array_equal(flat[found], lines.reshape(-1)):
+    if not np.array_equal(flat[found], lines.reshape(-1)) or len(np.unique(lines)) != lines.size:
         return False
     row_of = (found // rows.shape[1]).reshape(lines.shape)
+    held = np.unique(row_of)
+    if held.size * rows.shape[1] != lines.size:
+        return False
     return all(set(row_of[i].tolist()).isdisjoint(row_of[i + 1 :].reshape(-1).tolist()) for i in range(len(row_of)))

@@ -16,6 +16,7 @@ from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compresse
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.slots import LayerCall, Slot, SlotKey, owner
+from fxslim.graph.tagged_sizes import Expression
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -59,6 +60,13 @@ def operator_name(node: fx.Node) -> str:
     return name.rstrip("_")
 
 
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether a value is a matrix with its two dims exchanged, however the code wrote that."""
+    if operator_name(node) not in ("t", "transpose", "permute", "numpy_T") or len(node.meta["shape"]) > 2:
+        return False
+    return bool(node.meta["stride"] == as_node(node.args[0]).meta["stride"][::-1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conflict:
     """Why a choice of channels does not work, and what to give up for it."""
@@ -76,8 +84,11 @@ class Decisions:
     """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
     as the others; views whose rows lose the very same entries; values that keep all their channels; those that are
     one head for several others; and views that make heads, which stay and get narrower.
+
+    ``heads``: whether attention loses whole heads or entries of each head ("dim").
     """
 
+    heads: str = "whole"
     even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     tied: frozenset[fx.Node] = frozenset()
     whole: dict[fx.Node, str] = field(default_factory=dict)
@@ -87,6 +98,7 @@ class Decisions:
     def after(self, *conflicts: Conflict) -> "Decisions":
         """These and what conflicts ask for."""
         more = Decisions(
+            heads=self.heads,
             even=self.even.union(*(conflict.even for conflict in conflicts)),
             tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
             single=self.single.union(*(conflict.single for conflict in conflicts)),
@@ -142,8 +154,12 @@ class Propagation:
         # Views that make heads of which whole ones go, and labels of heads that get narrower.
         self.heads: dict[fx.Node, Ids] = {}
         self.narrower: list[Ids] = []
+        # Labels along the first dim whose size was read from these attributes alone.
+        self.widths: dict[Expression, Ids] = {}
         # Rows that turned out to be reduced or mixed with each other, heads whose width is looked at.
         self.wishes: list[Conflict] = []
+        # States whose first rows, with these labels, are divided by the square root of how many are kept.
+        self.root_scaled: dict[str, Ids] = {}
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
         self.entries: dict[str, Ids] = {}
@@ -183,7 +199,7 @@ class Propagation:
 
     def state_name(self, value: Any) -> str | None:
         """The name of the parameter or buffer that an argument is, or is a transposed view of."""
-        while isinstance(value, fx.Node) and value.op == "call_function" and operator_name(value) == "t":
+        while isinstance(value, fx.Node) and value.op == "call_function" and _is_transposed(value):
             value = value.args[0]
         return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
@@ -194,6 +210,11 @@ class Propagation:
         line = labels.ids[tuple(slice(None) if d == dim else slice(1) for d in range(labels.ids.ndim))]
         self.space.unify(np.broadcast_to(line, labels.ids.shape), labels.ids)
         return Labels(shape=labels.shape, ids=line)
+
+    def slots_of(self, ids: Ids) -> tuple[tuple[str, int], ...]:
+        """Where the first of these labels lives so far."""
+        label = ids.reshape(-1)[0]
+        return tuple(key for key, slot in self.slots.items() if label in slot.ids)
 
     def has_computed(self, values: Iterable[Any]) -> bool:
         """Whether any of these arguments is a tensor that the model computes, not a parameter or buffer."""
@@ -296,7 +317,7 @@ class Propagation:
             if node.op == "call_function":
                 made = self._labels_after(node)
                 if node in self.decisions.single and isinstance(made, Labels):
-                    self.freeze(made, node, "one head for several")
+                    self.freeze(made, node, "one head is shared by all queries, whose heads go")
                     made = fixed(made.shape)
                 self.values[node] = made
         self._node = None

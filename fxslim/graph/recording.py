@@ -9,7 +9,7 @@ changed: mode, buffers and random state are restored.
 import contextlib
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxslim.errors import TraceError
-from fxslim.graph.function_calls import CalledFunctions, tagged_attributes
+from fxslim.graph.function_calls import CalledFunctions, tagged_attributes, users_line
 from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.model_state import HookState, ModelState
+from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
 
 # Arguments that are written down as they are.
 _PLAIN = (int, float, str)
@@ -50,6 +51,8 @@ class _Recorder(TorchDispatchMode):
         if node is None:
             name = self.states.get(id(value))
             node = self._new_node("get_attr", name, name) if name else self._new_node("placeholder", "constant")
+            if name is None and value.dim() == 0 and not (value.is_meta or value.is_complex()):
+                node.meta["number"] = value.item()
             self._remember(node, value)
         return node
 
@@ -123,12 +126,24 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class Recording:
-    """The graph of one forward, and the nodes of the model's inputs and outputs."""
+    """The graph of one forward, the nodes of the model's inputs and outputs, and sizes that were used as numbers.
 
-    def __init__(self, graph: fx.Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> None:
+    ``again`` runs the same forward with other answers where it uses sizes as numbers.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: list[fx.Node],
+        outputs: list[fx.Node],
+        numbers: list[TaggedInt],
+        again: Callable[[tuple[int, ...]], "Recording"],
+    ) -> None:
         self.graph = graph
         self.inputs = inputs
         self.outputs = outputs
+        self.numbers = numbers
+        self.again = again
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -182,9 +197,10 @@ def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:
+def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers: tuple[int, ...] = ()) -> Recording:
     """Run the model once and write down what it executes."""
-    inputs = inputs.copied()
+    example, inputs = inputs, inputs.copied()
+    numbers = NumbersRead(answers, users_line)
     module_stack = list[str]()
     recorder = _Recorder(model, module_stack)
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
@@ -195,7 +211,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
         input_nodes.append(node)
     with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, module_stack):
         try:
-            with tagged_attributes(model), recorder.functions, recorder:
+            with noting_numbers(numbers), tagged_attributes(model), recorder.functions, recorder:
                 outputs = inputs.run(model)
         except Exception as error:
             mode = "train" if training else "eval"
@@ -207,4 +223,10 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recor
     if not leaves:
         raise TraceError(f"the model returned no tensor for {inputs}, but {type(outputs).__name__}")
     made = [recorder.known_node(leaf) for leaf in leaves]
-    return Recording(recorder.graph, input_nodes, [found for found in made if found is not None])
+    return Recording(
+        recorder.graph,
+        input_nodes,
+        [found for found in made if found is not None],
+        numbers.sizes,
+        lambda other: record(model, example, training=training, answers=other),
+    )

@@ -19,6 +19,7 @@ from fxslim.graph.recording import Recording
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
 from fxslim.graph.slots import LayerCall, SlotKey
 from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
+from fxslim.graph.width_scales import Scaling, Unkept, WidthScales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Arrangement:
 
     orders: dict[SlotKey, tuple[int, ...]]
     attributes: tuple[NewAttribute, ...]
+    scalings: tuple[Scaling, ...] = ()
 
 
 class Arranger:
@@ -55,17 +57,35 @@ class Arranger:
             states=propagation.states,
             slot_ids={slot.key: (slot.ids, slot.blocks) for slot in self.resolved.slots},
             values=propagation.values,
+            space=propagation.space,
         )
         failure = sizes.failed(propagation.checks)
         if failure is not None:
             return self._give_up(*failure)
-        if not propagation.splits:
-            return Arrangement(orders={}, attributes=sizes.new_attributes())
         order = KeptOrder(propagation, self.resolved.classes, keep)
-        misorder = order.run(self.recordings)
+        misorder = order.run(self.recordings) if propagation.splits else None
         if misorder is not None:
             return self._way_out(misorder)
-        return Arrangement(orders=order.slots, attributes=sizes.new_attributes())
+        scales = WidthScales(propagation, self.recordings, sizes)
+        unkept = scales.find()
+        if unkept:
+            return self._keep_widths(unkept)
+        return Arrangement(orders=order.slots, attributes=sizes.new_attributes(), scalings=tuple(scales.scalings))
+
+    def _keep_widths(self, unkept: list[Unkept]) -> Conflict:
+        """Sizes that are used as numbers stay what they are where no layer can make up for them."""
+        nothing = np.zeros(0, dtype=np.int64)
+        conflicts = []
+        for one in unkept:
+            for size in one.sizes:
+                reason = f"a number is computed from a width at {size.where}"
+                read = tuple(leaf.node for leaf in leaves(size.expression) if isinstance(leaf, Extent))
+                if any(node not in self.propagation.decisions.whole for node in read):
+                    conflicts.append(Conflict(reason=reason, whole=read))
+                    continue
+                check = SizeCheck(node=one.node, expression=size.expression, ids=nothing, static=int(size))
+                conflicts.append(self._give_up(check, reason))
+        return Conflict(reason=conflicts[0].reason, whole=tuple(node for c in conflicts for node in c.whole))
 
     def _give_up(self, failed: SizeCheck, reason: str) -> Conflict:
         """A size that does not follow keeps what it reads whole; so do all readers of an attribute in it."""
@@ -116,7 +136,7 @@ def settle(model: nn.Module, recordings: list[Recording], decisions: Decisions |
             decisions = decisions.after(*propagation.wishes)
             continue
         arranger = Arranger(propagation, ResolvedLabels(propagation), recordings, calls)
-        if not propagation.splits and not propagation.checks:
+        if not (propagation.splits or propagation.checks or any(recording.numbers for recording in recordings)):
             return arranger
         conflict = arranger.trial()
         if conflict is None:

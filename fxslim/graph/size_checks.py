@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxslim.graph.computed_layers import find_computed_layers
-from fxslim.graph.labels import Ids, Labels
+from fxslim.graph.labels import Ids, Labels, LabelSpace
 from fxslim.graph.surgery.attributes import new_attributes
-from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, solve
+from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, leaves, solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class NewSizes:
     states: dict[str, Tensor]
     slot_ids: dict[tuple[str, int], tuple[Ids, int]]
     values: dict[fx.Node, Labels | list[Labels]]
+    space: LabelSpace
     assigned: dict[Attribute, int] = field(default_factory=dict)
     _families: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -80,6 +81,8 @@ class NewSizes:
         size = int(leaf.node.meta["shape"][leaf.dim])
         if not isinstance(labels, Labels) or labels.ids.shape[leaf.dim] == 1:
             return size
+        if self.space.keeps_rows(labels, leaf.dim):
+            return size
         return self.kept_count(labels.line(leaf.dim))
 
     def _state_shape(self, name: str) -> list[int]:
@@ -107,6 +110,8 @@ class NewSizes:
 
     def failed(self, checks: list[SizeCheck]) -> tuple[SizeCheck, str] | None:
         """Find attribute values that satisfy all checks; the first check for which there are none, and why."""
+        # Sizes of one attribute first: they leave no choice, where a product of two does.
+        checks = sorted(checks, key=lambda check: sum(isinstance(leaf, Attribute) for leaf in leaves(check.expression)))
         for final in (False, True):
             for check in checks:
                 wanted, rest = divmod(self.kept_count(check.ids), check.parts)

@@ -6,7 +6,10 @@ While a model is recorded they stand in for its int attributes and for the sizes
 change. An int without a tag is a number that was written down.
 """
 
+import contextlib
+import operator
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -55,10 +58,52 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 
 
+class NumbersRead:
+    """Sizes that the forward used as numbers (``math.sqrt(x.shape[-1])``), in order; it is told ``answers`` instead.
+
+    What such a number does to the model is found by running it again with other answers.
+    """
+
+    def __init__(self, answers: tuple[int, ...], users_line: Callable[[], str]) -> None:
+        self.sizes: list[TaggedInt] = []
+        self.answers = answers
+        self.users_line = users_line
+
+    def answer(self, size: "TaggedInt") -> int:
+        """What the forward is told where it asks for a size as a number."""
+        noted = tagged(int(size), size.expression)
+        noted.where = self.users_line()
+        self.sizes.append(noted)
+        return self.answers[len(self.sizes) - 1] if len(self.sizes) <= len(self.answers) else int(size)
+
+
+_READ: ContextVar[NumbersRead | None] = ContextVar("_READ", default=None)
+
+
+@contextlib.contextmanager
+def noting_numbers(numbers: NumbersRead) -> Iterator[None]:
+    """Let ``numbers`` see every size that is used as a number."""
+    token = _READ.set(numbers)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def as_number(value: Any) -> Any:
+    """A size where it leaves the sizes: in a float, or in the arithmetic of tensors."""
+    numbers = _READ.get()
+    if not isinstance(value, TaggedInt):
+        return value
+    return int(value) if numbers is None else numbers.answer(value)
+
+
 class TaggedInt(int):
     """An int with the expression that made it."""
 
     expression: Expression
+    # File and line where it was used as a number.
+    where: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
@@ -105,8 +150,28 @@ class TaggedInt(int):
     def __rdivmod__(self, other: int) -> tuple[int, int]:
         return other // self, other % self
 
+    def __float__(self) -> float:
+        return float(as_number(self))
 
-def _combined(symbol: str, left: Any, right: Any) -> int:
+    def __truediv__(self, other: Any) -> float:
+        return _as_floats(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> float:
+        return _as_floats(operator.truediv, other, self)
+
+    def __pow__(self, other: Any, modulus: None = None) -> Any:  # type: ignore[override]
+        whole = isinstance(other, int) and other >= 0
+        return int(self) ** int(other) if whole else _as_floats(operator.pow, self, other)
+
+
+def _as_floats(function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    known = isinstance(left, int | float) and isinstance(right, int | float)
+    return function(as_number(left), as_number(right)) if known else NotImplemented
+
+
+def _combined(symbol: str, left: Any, right: Any) -> Any:
+    if isinstance(left, float) or isinstance(right, float):
+        return _as_floats(_OPERATIONS[symbol], left, right)
     if not isinstance(left, int) or not isinstance(right, int):
         # int has no answer for a float, a tensor or a list either: their own method gets its turn.
         return NotImplemented

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fields of a plan as plain data, and back: what does not fit the shapes that a plan knows is an error."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from fxslim.errors import PlanError
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.graph.tagged_sizes import Attribute
+from fxslim.graph.width_scales import Scaling
 from fxslim.plan.index_ranges import pack_ranges, unpack_ranges
 from fxslim.pruning.constant_folding import Fold
 
@@ -53,6 +55,26 @@ def unpack_sizes(data: Iterable[Any]) -> tuple[NewAttribute, ...]:
         )
         for module, name, item, before, after in data
     )
+
+
+def pack_scalings(scalings: Iterable[Scaling]) -> list[list[Any]]:
+    """One list for each scaling.
+
+    >>> pack_scalings([Scaling(name="q.weight", dim=0, entries=(0, 1, 3), factor=0.5)])
+    [['q.weight', 0, '0-1,3', 0.5]]
+    """
+    return [[one.name, one.dim, pack_ranges(one.entries), one.factor] for one in scalings]
+
+
+def unpack_scalings(data: Iterable[Any], shapes: Shapes) -> tuple[Scaling, ...]:
+    """The scalings that ``pack_scalings`` wrote."""
+    scalings = []
+    for name, dim, entries, factor in data:
+        if not 0 <= dim < len(shapes[name]) or not 0 < factor < math.inf:
+            raise PlanError(f"dim {dim} of {name} of shape {shapes[name]} can't be scaled by {factor}")
+        kept = unpack_ranges(entries, shapes[name][dim])
+        scalings.append(Scaling(name=name, dim=int(dim), entries=kept, factor=float(factor)))
+    return tuple(scalings)
 
 
 def unpack_folds(data: Iterable[Any], shapes: Shapes) -> tuple[Fold, ...]:

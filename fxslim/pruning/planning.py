@@ -31,14 +31,17 @@ def plan_pruning(
     importance: str | Importance = "l2",
     skip: Iterable[str | type] = (),
     max_ratio: float = 0.9,
+    heads: str = "whole",
     seed: int = 0,
     train_inputs: Any = None,
 ) -> PruningPlan:
     """Decide which channels to remove so that ``ratio`` of the target (macs, params or channels) goes.
 
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
-    model's own output stays by itself. ``train_inputs`` are example inputs of train mode, where that needs others
-    (a detector's targets). Print the plan to see what it does.
+    model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
+    each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
+    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
+    plan to see what it does.
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -52,7 +55,7 @@ def plan_pruning(
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     model = without_compile_wrapper(model)
-    graph = trace(model, inputs, train_inputs=train_inputs)
+    graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
     while True:
         if not graph.groups and ratio > 0:
             raise PlanError(f"no channels can be removed:\n{graph.report()}")
@@ -114,6 +117,7 @@ def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement
         shapes=graph.state_shapes,
         rows=tuple(rows),
         new_sizes=arrangement.attributes,
+        scalings=arrangement.scalings,
         macs=(cost.macs, round(cost.macs_with(shares))),
         params=(cost.params, round(cost.params_with(shares))),
         notes=(

@@ -22,12 +22,21 @@ from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.width_scales import Scaling
 from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
 from fxslim.plan.file_writing import write_file
 from fxslim.pruning.channel_masking import ChannelMask, mask_of
 from fxslim.pruning.constant_folding import Fold, folded_values
 from fxslim.pruning.example_shapes import describe_inputs, described_inputs
-from fxslim.pruning.plan_fields import pack_cuts, unpack_cuts, unpack_folds, unpack_sizes
+from fxslim.pruning.plan_fields import (
+    pack_cuts,
+    pack_scalings,
+    unpack_cuts,
+    unpack_folds,
+    unpack_scalings,
+    unpack_sizes,
+)
+from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
 from fxslim.pruning.weight_masks import WeightMasks
 
@@ -60,6 +69,8 @@ class PruningPlan:
     params: tuple[int, int]
     # Sizes that the user's own modules keep as attributes and read in their forward.
     new_sizes: tuple[NewAttribute, ...] = ()
+    # Make up for numbers that the forward computes from widths, such as the scale of attention.
+    scalings: tuple[Scaling, ...] = ()
     # Made from masks: entries that they make 0, and constants to fold. None: whatever is removed counts as 0.
     zeros: tuple[Cut, ...] | None = None
     folds: tuple[Fold, ...] = ()
@@ -140,8 +151,9 @@ class PruningPlan:
         cuts, mask = _renamed(self.cuts, names), self._own_mask(model, names)
         with torch.inference_mode(False):
             changes.on_undo(ModelState(model).restore)
-            folded = self._folded(model, names) if values else None
-            surgery = Surgery(model, cuts, optimizer, new_sizes=self.new_sizes, values=folded)
+            surgery = Surgery(
+                model, cuts, optimizer, new_sizes=self.new_sizes, values=self._values(model, names) if values else None
+            )
             if mask is not None:
                 changes.make(functools.partial(mask.detach, model), functools.partial(mask.attach_again, model))
             surgery.commit(changes)
@@ -165,8 +177,9 @@ class PruningPlan:
                     f"{type(uncut).__name__}: {uncut}"
                 ) from uncut
             raise PlanError(
-                f"the pruned model's forward failed{' in train mode' * training} ({type(failure).__name__}: {failure}); it reads a size that is "
-                "written as a number. Nothing was changed. Name the layers around it in skip="
+                f"the pruned model's forward failed{' in train mode' * training} "
+                f"({type(failure).__name__}: {failure}); it reads a size that is written as a number. "
+                "Nothing was changed. Name the layers around it in skip="
             ) from failure
 
     def mask(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
@@ -227,6 +240,10 @@ class PruningPlan:
         folds = [Fold(weight=names[fold.weight], into=names[fold.into]) for fold in self.folds]
         return folded_values(model, _renamed(self.cuts, names), _renamed(self.zeros, names), folds, self.inputs)
 
+    def _values(self, model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Full-size values that the cut model starts from where they are not the model's own."""
+        return scaled_values(model, renamed_scalings(self.scalings, names), self._folded(model, names))
+
     def verify(
         self, model: nn.Module, inputs: Any, *, at: Iterable[str] = (), train_inputs: Any = None
     ) -> Verification:
@@ -244,7 +261,7 @@ class PruningPlan:
                 inputs,
                 new_sizes=self.new_sizes,
                 zeros=None if self.zeros is None else _renamed(self.zeros, names),
-                values=self._folded(model, names),
+                values=self._values(model, names),
                 at=at,
                 train_inputs=train_inputs,
             )
@@ -264,6 +281,7 @@ class PruningPlan:
             "new_sizes": [
                 [n.attribute.module, n.attribute.name, n.attribute.item, n.before, n.after] for n in self.new_sizes
             ],
+            "scalings": pack_scalings(self.scalings),
             "rows": [[r.name, r.before, r.after, r.layers] for r in self.rows],
             "macs": list(self.macs),
             "params": list(self.params),
@@ -291,6 +309,7 @@ class PruningPlan:
             return cls(
                 cuts=unpack_cuts(data["cuts"], shapes),
                 new_sizes=unpack_sizes(data.get("new_sizes", ())),
+                scalings=unpack_scalings(data.get("scalings", ()), shapes),
                 shapes=shapes,
                 rows=tuple(
                     GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]

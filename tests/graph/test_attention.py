@@ -187,6 +187,6 @@ def test_a_mask_takes_as_many_dims_as_it_has() -> None:
             return self.head(torch.relu(self.b(torch.relu(self.a(x))))[torch.ones(2, 10, dtype=torch.bool)])
 
     model = randomise(Masked())
-    plan = fxslim.plan_pruning(model, X, ratio=0.2, importance="random")
-    assert "indexing by a mask" in fxslim.trace(model, X).explain("b")
+    plan = fxslim.plan_pruning(model, X, ratio=0.4, importance="random")
+    assert any(cut.name == "b.weight" and cut.dim == 0 for cut in plan.cuts)
     assert plan.verify(model, X).ok

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors: pyramids, proposals, regions and boxes chosen by score, pruned and proved in both modes."""
 
+import dataclasses
 import random
 
 import pytest
@@ -33,16 +34,17 @@ class SmallDetector(nn.Module):
         self.deep = nn.Sequential(nn.Conv2d(8, 10, 3, stride=2, padding=1), norm(10), nn.ReLU())
         self.inner = nn.ModuleList([nn.Conv2d(8, wide, 1), nn.Conv2d(10, wide, 1)])
         self.outer = nn.ModuleList([nn.Conv2d(wide, wide, 3, padding=1) for _ in range(2)])
-        self.head = nn.Sequential(nn.Conv2d(wide, pick([5, 9]), 3, padding=1), nn.ReLU())
-        hidden = self.head[0].out_channels
+        hidden, heads = pick([5, 9]), pick([1, 2])
+        towers = [nn.Sequential(nn.Conv2d(wide, hidden, 3, padding=1), nn.ReLU()) for _ in range(heads)]
+        self.towers = nn.ModuleList([towers[0], towers[-1]])
         self.score, self.move = nn.Conv2d(hidden, 1, 1), nn.Conv2d(hidden, 4, 1)
         self.box = nn.Sequential(nn.Flatten(), nn.Linear(wide * self.size**2, 11), nn.ReLU())
         self.kind, self.shape = nn.Linear(11, 4), nn.Linear(11, 4)
-        self.by_mask = pick([True, False])
+        self.by_mask, self.pools_both = pick([True, False]), pick([True, False])
 
-    def proposals(self, level: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def proposals(self, level: Tensor, tower: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         """The best places of each image, as boxes."""
-        hidden = self.head(level)
+        hidden = tower(level)
         scores = self.score(hidden).flatten(1)
         moves = self.move(hidden).permute(0, 2, 3, 1).reshape(len(scores), -1, 4)
         best, places = scores.topk(min(6, scores.shape[1]), dim=1)
@@ -54,6 +56,8 @@ class SmallDetector(nn.Module):
         return torch.cat([low, low + 2 + chosen[..., 2:].sigmoid() * 6], 2), best
 
     def regions(self, levels: list[Tensor], rois: Tensor) -> Tensor:
+        if not self.pools_both:
+            return roi_align(levels[0], rois, self.size, 1.0, 2)
         big = torch.floor(torch.log2((rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt() / 4)).clamp(0, 1).to(torch.int64)
         found = torch.zeros(len(rois), levels[0].shape[1], self.size, self.size, dtype=rois.dtype)
         for i, level in enumerate(levels):
@@ -68,7 +72,8 @@ class SmallDetector(nn.Module):
         low, high = self.inner[0](first), self.inner[1](self.deep(first))
         low = low + F.interpolate(high, size=low.shape[-2:])
         levels = [outer(level) for outer, level in zip(self.outer, (low, high), strict=True)]
-        boxes, scores = (torch.cat(v, 1) for v in zip(*map(self.proposals, levels, (1, 2)), strict=True))
+        found = map(self.proposals, levels, self.towers, (1, 2))
+        boxes, scores = (torch.cat(values, 1) for values in zip(*found, strict=True))
         keep = [batched_nms(b, s, torch.zeros(len(b)), 0.6)[:5] for b, s in zip(boxes, scores, strict=True)]
         chosen = [b[k] for b, k in zip(boxes, keep, strict=True)]
         rois = torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], 1) for i, b in enumerate(chosen)])
@@ -77,7 +82,8 @@ class SmallDetector(nn.Module):
         if self.training:
             if targets is None:
                 raise ValueError("targets are needed")
-            wanted = torch.cat([t["boxes"][torch.randint(len(t["boxes"]), (len(k),))] for t, k in zip(targets, keep)])
+            taken = [torch.randint(len(target["boxes"]), (len(k),)) for target, k in zip(targets, keep, strict=True)]
+            wanted = torch.cat([target["boxes"][k] for target, k in zip(targets, taken, strict=True)])
             return {"box": (shapes - wanted).abs().mean(), "kind": kinds.logsumexp(1).mean()}
         results, start = [], 0
         for k in keep:
@@ -221,12 +227,12 @@ def test_a_train_forward_that_fails_takes_everything_back() -> None:
 
 
 def test_outputs_without_entries_are_told() -> None:
-    class None_(nn.Sequential):
+    class Filtered(nn.Sequential):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             out = super().forward(x)
             return out, out[out[:, 0] > 1e9]
 
-    model, x = randomise(None_(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))), torch.randn(4, 3)
+    model, x = randomise(Filtered(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))), torch.randn(4, 3)
     proof = fxslim.plan_pruning(model, x, ratio=0.4, importance="random").verify(model, x)
     assert proof.ok
     assert any("has no entries" in note for note in proof.notes)
@@ -235,6 +241,7 @@ def test_outputs_without_entries_are_told() -> None:
 def test_a_real_detector() -> None:
     torch.manual_seed(0)
     settings = {"min_size": 64, "max_size": 80, "box_score_thresh": 0.0, "num_classes": 3, "box_detections_per_img": 5}
+    settings |= {"rpn_post_nms_top_n_test": 20, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 8}
     model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **settings)
     images = [torch.rand(3, 50, 70), torch.rand(3, 64, 60)]
     targets = [{"boxes": torch.tensor([[5.0, 6.0, 40.0, 45.0]]), "labels": torch.tensor([1])} for _ in images]
@@ -247,3 +254,42 @@ def test_a_real_detector() -> None:
     plan.apply(model)
     model.eval()(images)
     sum(model.train()(images, targets).values()).backward()
+
+
+class Masked(nn.Module):
+    """Places of all channels are chosen by a mask of pixels, entries of one channel by their own value."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.whole = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).permute(0, 2, 3, 1).clone()
+        if self.whole:
+            y[y < 0.1] = 0.2
+        return self.head(y[x[:, 0, 1:-1, 1:-1] > 0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_masks_of_several_dims(whole: bool) -> None:
+    model, x = randomise(Masked(whole)), torch.randn(2, 3, 6, 6)
+    plan = fxslim.plan_pruning(model, x, ratio=0.4, importance="random")
+    assert plan.verify(model, [x, torch.randn(1, 3, 9, 7)]).ok
+    assert plan.cuts
+    plan.apply(model)(x)
+
+
+def test_a_size_that_only_training_reads() -> None:
+    class Reading(nn.Sequential):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            hidden = self[1](self[0](x))
+            return self[2](hidden if scale is None else hidden.reshape(len(x), 8) * scale)
+
+    model, x = Reading(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(2, 3)
+    graph = fxslim.trace(model, x, train_inputs=(x, torch.ones(())))
+    assert "0" in graph.frozen_layers()
+    plan = fxslim.plan_pruning(model, x, ratio=0.4, importance="random")
+    plan = dataclasses.replace(plan, train_inputs=(fxslim.Inputs(x, torch.ones(())),))
+    with pytest.raises(fxslim.PlanError, match=r"forward failed in train mode .*written as a number"):
+        plan.apply(model)
+    assert model[0].out_features == 8

@@ -17,6 +17,7 @@ GROUPED = {
     "plain group norm": lambda: nn.GroupNorm(2, 12, affine=False),
     "convolution": lambda: nn.Conv2d(12, 8, 3, groups=2),
     "transposed convolution": lambda: nn.ConvTranspose2d(12, 8, 3, groups=2),
+    "another shuffle": lambda: nn.ChannelShuffle(2),
 }
 
 
@@ -24,7 +25,7 @@ class GroupsBehindShuffle(nn.Module):
     def __init__(self, layer: nn.Module, rows: int) -> None:
         super().__init__()
         self.conv, self.layer, self.rows = nn.Conv2d(3, 12, 1), layer, rows
-        self.head = nn.Conv2d(12 if "Norm" in type(layer).__name__ else 8, 5, 1)
+        self.head = nn.Conv2d(8 if "Conv" in type(layer).__name__ else 12, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.MultiheadAttention, recorded as one operator: whole heads go, together with as many channels of its input."""
+"""nn.MultiheadAttention, recorded as one operator: heads go or get narrower, with as many channels of its input."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights
 
 @rule("multi_head_attention_forward")
 def attend(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """The width of the heads together is that of the query, so both shrink by whole heads."""
+    """The width of the heads together is that of the query, so both shrink by whole heads, or all heads alike."""
     given: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
     streams = [_stream(propagation, given[name]) for name in ("query", "key", "value")]
     names = {name: propagation.state_name(given.get(name)) for name in PARAMETERS if "proj" in name or "bias" in name}
@@ -60,7 +60,11 @@ def _stream(propagation: Propagation, value: object) -> Labels | None:
 def _projections(
     propagation: Propagation, names: dict[str, str | None], lines: list[Ids], heads: int
 ) -> list[Ids] | None:
-    """Labels of the rows of the three projections: one for all entries of a head, the same in all three."""
+    """Labels of the rows of the three projections.
+
+    Where whole heads go, one for all entries of a head, the same in all three. Else entry i of a head's queries goes
+    with that of its keys, and each head loses equally many, of queries and of values.
+    """
     packed = names["in_proj_weight"]
     if packed is not None:
         for line in lines:
@@ -76,10 +80,22 @@ def _projections(
             rows.append(propagation.slot(weight, 0, role="producer").ids)
     if (bias := names["in_proj_bias"]) is not None:
         propagation.slot(bias, 0, np.concatenate(rows))
+    if propagation.decisions.heads == "dim":
+        propagation.space.unify(rows[0], rows[1])
+        propagation.space.balance(np.concatenate([row.reshape(heads, -1) for row in rows[::2]]), "width of the heads")
+        _keep_scale(propagation, names, rows[0])
+        return rows
     whole = np.repeat(rows[0].reshape(heads, -1)[:, 0], rows[0].size // heads)
     for row in rows:
         propagation.space.unify(whole, row)
     return [whole] * 3
+
+
+def _keep_scale(propagation: Propagation, names: dict[str, str | None], row: Ids) -> None:
+    """Scores are divided by the square root of the width of a head: queries make up for it."""
+    for name in (names["in_proj_weight"] or names["q_proj_weight"], names["in_proj_bias"]):
+        if name is not None:
+            propagation.root_scaled[name] = row
 
 
 def _sizes(propagation: Propagation, node: fx.Node, lines: list[Ids], row: Ids, heads: int) -> None:
@@ -90,7 +106,14 @@ def _sizes(propagation: Propagation, node: fx.Node, lines: list[Ids], row: Ids, 
     else:
         propagation.freeze(Labels(shape=(), ids=row), node, "attention to inputs that are no channels")
     follow_count(propagation, node, node.meta["call"].sizes[0], row)
-    follow_count(propagation, node, node.meta["call"].sizes[1], row, parts=row.size // heads)
+    given = node.meta["call"].sizes[1]
+    if propagation.decisions.heads == "whole":
+        follow_count(propagation, node, given, row, parts=row.size // heads)
+    else:
+        follow_count(propagation, node, given, row[:0], static=heads)
+        if hasattr(propagation.modules.get(module), "head_dim"):
+            width = Attribute(module=module, name="head_dim")
+            propagation.checks.append(SizeCheck(node=node, expression=width, ids=row, parts=heads))
     for name, line in (("kdim", lines[1]), ("vdim", lines[2])):
         if hasattr(propagation.modules.get(module), name):
             expression = Attribute(module=module, name=name)

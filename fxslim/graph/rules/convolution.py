@@ -7,7 +7,8 @@ import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, along, fixed
-from fxslim.graph.propagation import Propagation, as_int, rule
+from fxslim.graph.propagation import Propagation, as_int, combined, rule
+from fxslim.graph.rules.sizes import LITERAL, follow_count, size_kind
 
 
 @rule("convolution")
@@ -15,8 +16,8 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Consumes the input's channels, makes fresh ones; depthwise passes them on."""
     x, weight, bias = (propagation.labels(node.args[0]), *map(propagation.state_name, node.args[1:3]))
     transposed, groups = bool(node.args[6]), as_int(node.args[8])
-    if weight is None or x is None or propagation.has_computed(node.args[2:3]):
-        return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight or bias of a convolution"))
+    if weight is None or x is None:
+        return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight of a convolution"))
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
     if channel == 1 and 0 in x.varying and (propagation.tie_views(node, x) or propagation.narrow_heads(node, x)):
         # Heads are the batch, and all go through one kernel. Runs again with heads that get narrower alike.
@@ -25,6 +26,7 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
     line, shape = x.vector(channel), node.meta["shape"]
     depthwise = groups > 1 and groups == len(line)
+    _follow_groups(propagation, node, groups, line, depthwise)
     if depthwise:
         out = _depthwise(propagation, weight, line, shape[channel], transposed)
     elif groups == 1:
@@ -37,7 +39,31 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     factors = ((weight, 0),) if depthwise else ((weight, 0), (weight, 1))
     batch = x.shape[0] if channel == 1 else 1
     propagation.count(node, weight, batch, math.prod(pixels) // pixels[channel], factors)
-    return along(shape, channel, out)
+    made = along(shape, channel, out)
+    if propagation.has_computed(node.args[2:3]):
+        return _with_computed_bias(propagation, node, made, channel)
+    return made
+
+
+def _with_computed_bias(propagation: Propagation, node: fx.Node, made: Labels, channel: int) -> Labels:
+    """A bias that the model computes has an entry for each channel."""
+    bias = propagation.labels(node.args[2])
+    assert bias is not None
+    behind = (1,) * (len(made.shape) - channel - 1)
+    wide = Labels(shape=bias.shape + behind, ids=bias.ids.reshape(bias.ids.shape + behind))
+    return combined(propagation, node, [made, wide], made.shape)
+
+
+def _follow_groups(propagation: Propagation, node: fx.Node, groups: int, line: Ids, depthwise: bool) -> None:
+    """A number of groups that is not a layer's own: as many as channels shrink with them, all others stay."""
+    call = node.meta["call"]
+    given = call.sizes[0] if groups > 1 and call.sizes else None
+    if not depthwise:
+        follow_count(propagation, node, given, line[:0], static=groups)
+    elif given is not None and size_kind(propagation, given) == LITERAL:
+        propagation.freeze(Labels(shape=(), ids=line), node, f"{groups} groups written down at {call.where}")
+    else:
+        follow_count(propagation, node, given, line)
 
 
 def _plain(propagation: Propagation, weight: str, line: Ids, transposed: bool) -> Ids:

@@ -6,21 +6,26 @@ import math
 from torch import fx
 
 from fxslim.graph.labels import Labels, along
-from fxslim.graph.propagation import Propagation, as_node, operator_name, rule
+from fxslim.graph.propagation import Propagation, as_node, combined, operator_name, rule
 
 
 def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str, out_dim: int) -> Labels | None:
-    """x times a parameter whose ``out_dim`` is the output; None where x's labels are not in its last dim."""
+    """x times a parameter whose ``out_dim`` is the output; None where x has no labels."""
     x = propagation.labels(x_node)
     if x is None:
         return None
-    x = propagation.tied_along(x, len(x.shape) - 1)
-    if any(d != len(x.shape) - 1 for d in x.varying):
-        return None
-    propagation.slot(weight, 1 - out_dim, x.vector(len(x.shape) - 1), role="consumer")
-    out = propagation.slot(weight, out_dim, role="producer").ids
-    propagation.count(node, weight, _batch(x_node), math.prod(x.shape[:-1]), ((weight, 0), (weight, 1)))
-    return along(node.meta["shape"], len(node.meta["shape"]) - 1, out)
+    last, shape = len(x.shape) - 1, node.meta["shape"]
+    x = propagation.tied_along(x, last)
+    factors: tuple[tuple[str, int], ...] = ((weight, 0), (weight, 1))
+    if x.varying and last not in x.varying:
+        # Each channel by itself: the layer mixes positions, and their number stays.
+        propagation.freeze_state(weight, node, "a layer mixes positions")
+        made, factors = Labels(shape=shape, ids=x.ids), propagation.slots_of(x.ids)[:1]
+    else:
+        propagation.slot(weight, 1 - out_dim, x.vector(last), role="consumer")
+        made = along(shape, last, propagation.slot(weight, out_dim, role="producer").ids)
+    propagation.count(node, weight, _batch(x_node), math.prod(x.shape[:-1]), factors)
+    return made
 
 
 def _batch(x_node: object) -> int:
@@ -52,19 +57,21 @@ def multiply(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
 
 @rule("addmm")
 def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """A linear layer with bias; a computed one (with parts set to 0) has the channels of what it was made from."""
-    weight, name = propagation.state_name(node.args[2]), propagation.state_name(node.args[0])
-    bias = None if name is not None else propagation.labels(node.args[0])
-    known = name is not None or (bias is not None and bias.labelled)
-    if weight is not None and known and as_node(node.args[0]).meta["shape"] == node.meta["shape"][-1:]:
+    """A linear layer with bias."""
+    weight, shape = propagation.state_name(node.args[2]), node.meta["shape"]
+    if weight is not None and as_node(node.args[0]).meta["shape"] == shape[-1:]:
         result = _linear(propagation, node, node.args[1], weight, _out_dim(node.args[2]))
-        if result is not None:
-            out = result.vector(len(result.shape) - 1)
-            if name is not None:
-                propagation.slot(name, 0, out)
-            elif bias is not None:
-                propagation.space.unify(bias.vector(0), out)
+        name = propagation.state_name(node.args[0])
+        if result is not None and name is not None:
+            if weight in propagation.whole:
+                propagation.freeze_state(name, node, "a layer mixes positions")
+            else:
+                propagation.slot(name, 0, result.vector(len(result.shape) - 1))
             return result
+        if result is not None:
+            # A bias that is put together from several parameters.
+            bias = propagation.labels(node.args[0])
+            return combined(propagation, node, [result, bias] if bias is not None else [result], shape)
     return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 
 

@@ -28,11 +28,9 @@ def _dim(value: object, rank: int) -> int:
 @rule("permute", "transpose", "t", "numpy_T")
 def permute(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     """Dims change places."""
-    state = propagation.state_name(node)
-    if state is not None:
-        # A transposed weight: matrix products look at the parameter itself, anything else keeps it whole.
-        if any(operator_name(user) not in ("mm", "addmm", "matmul", "t") for user in node.users) or not node.users:
-            propagation.freeze_state(state, node, "a transposed parameter")
+    products = ("mm", "addmm", "matmul", "t")
+    if propagation.state_name(node) is not None and all(operator_name(user) in products for user in node.users):
+        # A transposed weight: matrix products look at the parameter itself.
         return fixed(node.meta["shape"])
     x = propagation.labels(node.args[0])
     assert x is not None
@@ -78,7 +76,9 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         before = (1,) * missing + x.shape
         return repeated(propagation, node, [d for d, size in enumerate(before) if size == 1])
     check_unlabelled(propagation, node, [d for d in range(len(node.meta["shape"])) if d - missing not in x.varying])
-    for d in x.varying:
+    rows = [d for d in x.varying if propagation.space.keeps_rows(x, d)]
+    check_unlabelled(propagation, node, [d + missing for d in rows])
+    for d in (d for d in x.varying if d not in rows):
         given = size_given(node, d + missing)
         if size_kind(propagation, given) == LITERAL:
             check_unlabelled(propagation, node, list(range(len(node.meta["shape"]))))
@@ -88,6 +88,28 @@ def expand(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
             )
         follow_count(propagation, node, given, x.line(d))
     return _moved(node, x.ids.reshape((1,) * missing + x.ids.shape))
+
+
+@rule("repeat")
+def repeat(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Whole copies one after the other along each dim; how many must not depend on channels."""
+    x = propagation.labels(node.args[0])
+    assert x is not None
+    times = [as_int(t) for t in node.args[1]]  # type: ignore[union-attr]
+    ids = x.ids.reshape((1,) * (len(times) - len(x.shape)) + x.ids.shape)
+    for d, count in enumerate(times):
+        follow_count(propagation, node, size_given(node, d), ids.reshape(-1)[:0], static=count)
+    return _moved(node, np.tile(ids, [count if ids.shape[d] > 1 else 1 for d, count in enumerate(times)]))
+
+
+@rule("unfold")
+def slide(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
+    """Windows along a dim without channels get a dim of their own at the end."""
+    x = propagation.labels(node.args[0])
+    assert x is not None
+    if _dim(node.args[1], len(x.shape)) in x.varying:
+        return propagation.freeze_inputs(node, "windows over channels")
+    return Labels(shape=node.meta["shape"], ids=x.ids[..., None])
 
 
 @rule("cat")

@@ -27,6 +27,9 @@ def pool(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     results = results_without_channels(node)
     shapes = [r.shape for r in results] if isinstance(results, list) else [results.shape]
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in str(node.target)), len(x.shape))
+    if spatial < len(x.shape):
+        # A table of positions is resized: each channel is one at all of them.
+        x = propagation.tied_along(x, len(x.shape) - spatial - 1)
     if any(d >= len(x.shape) - spatial for d in x.varying):
         return propagation.freeze_inputs(node, "pixels of a labelled dim are mixed")
     several = [Labels(shape=shape, ids=x.ids) for shape in shapes]

@@ -2,18 +2,19 @@
 """Views that merge and split dims; a split decides which of the new dims shrinks."""
 
 import math
-import operator
 
 import numpy as np
 from torch import fx
 
 from fxslim.graph.labels import Ids, Labels, compressed
-from fxslim.graph.propagation import Propagation, Reshape, operator_name, rule
+from fxslim.graph.propagation import Propagation, Reshape, rule
+from fxslim.graph.rules.heads import feeds_attention
 from fxslim.graph.rules.sizes import (
     ATTRIBUTE,
     LITERAL,
     OWN,
     balance_counts,
+    balance_readers,
     check_unlabelled,
     follow_count,
     shown_sizes,
@@ -62,27 +63,19 @@ def _fixed_sizes(node: fx.Node) -> str:
 def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int]) -> tuple[int | None, Ids]:
     """The new dim that shrinks (None if all are fixed), and the labels then."""
     varying = [d for d in compressed(Labels(shape=ids.shape, ids=ids)).varying if d in new]
-    kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
-    heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
-    attention = len(varying) > 1 and feeds_attention(node)
-    one = any(ids.shape[d] == 1 and size_kind(propagation, size_given(node, d)) != LITERAL for d in new)
-    if node in propagation.decisions.narrow or (attention and one and not heads):
-        # Heads stay and get narrower; so does a single one.
-        dim = varying[-1] if kinds[varying[-1]] != LITERAL else None
-        propagation.narrower.append(ids)
-    elif attention:
-        # Whole heads: the dim before the width of a head.
-        dim = next(iter(heads), None)
-    else:
-        dim = next((d for d in varying if kinds[d] == OWN), None)
-        if dim is None:
-            dim = next((d for d in reversed(varying) if kinds[d] == ATTRIBUTE), None)
+    if len(varying) == 1 and propagation.space.keeps_rows(Labels(shape=ids.shape, ids=ids), varying[0]):
+        # Rows that each keep their number, such as heads that get narrower.
+        for d in new:
+            follow_count(propagation, node, size_given(node, d), ids.reshape(-1)[:0], static=node.meta["shape"][d])
+        return varying[0], ids
+    dim = _shrinking_dim(propagation, node, ids, new, varying)
     elsewhere = any(size > 1 for d, size in enumerate(ids.shape) if d not in new)
     if dim is None or (len(varying) > 1 and (elsewhere or not _knows_sizes(node))):
         return None, ids
     line = np.moveaxis(ids, new, range(-len(new), 0)).reshape(-1, math.prod(ids.shape[d] for d in new))[0]
     parts = math.prod(ids.shape[d] for d in new if d != dim)
     follow_count(propagation, node, size_given(node, dim), line, parts=parts)
+    balance_readers(propagation, node, size_given(node, dim), np.moveaxis(ids, dim, -1).reshape(-1, ids.shape[dim])[0])
     for d in new:
         if d != dim:
             nothing = line[:0]
@@ -95,28 +88,22 @@ def _settle_run(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int
     return dim, ids
 
 
-# What lies between the view that makes heads and the product of queries and keys.
-BETWEEN = frozenset(
-    """
-    permute transpose unbind getitem select slice squeeze unsqueeze clone contiguous expand mul div add neg cat
-    _unsafe_view view reshape split split_with_sizes native_layer_norm rms_norm alias detach linalg_vector_norm
-    clamp_min repeat_interleave index_select _to_copy copy stack flatten where
-    """.split()
-)
-
-
-def feeds_attention(node: fx.Node) -> bool:
-    """Whether a product of two activations comes soon after a view."""
-    waiting, seen = [node], {node}
-    while waiting and len(seen) < 100:
-        for user in waiting.pop().users:
-            name = "getitem" if user.target is operator.getitem else operator_name(user)
-            if name in ("bmm", "baddbmm"):
-                return True
-            if name in BETWEEN and user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return False
+def _shrinking_dim(propagation: Propagation, node: fx.Node, ids: Ids, new: list[int], varying: list[int]) -> int | None:
+    """Which of the new dims gets shorter; None where none can."""
+    kinds = {d: size_kind(propagation, size_given(node, d)) for d in varying}
+    heads = [d for d in varying[:-1] if kinds[d] != LITERAL]
+    attention = len(varying) > 1 and feeds_attention(node)
+    one = any(ids.shape[d] == 1 and size_kind(propagation, size_given(node, d)) != LITERAL for d in new)
+    in_width = propagation.decisions.heads == "dim" or (one and not heads)
+    if node in propagation.decisions.narrow or (attention and in_width):
+        # Heads stay and get narrower; so does a single one.
+        propagation.narrower.append(ids)
+        return varying[-1] if kinds[varying[-1]] != LITERAL else None
+    if attention:
+        # Whole heads: the dim before the width of a head.
+        return next(iter(heads), None)
+    own = next((d for d in varying if kinds[d] == OWN), None)
+    return own if own is not None else next((d for d in reversed(varying) if kinds[d] == ATTRIBUTE), None)
 
 
 def _knows_sizes(node: fx.Node) -> bool:

@@ -50,6 +50,8 @@ def channels_of(propagation: Propagation, leaf: Extent) -> Ids | None:
     labels = propagation.values.get(leaf.node)
     if not isinstance(labels, Labels) or leaf.dim not in labels.varying:
         return None
+    if propagation.space.keeps_rows(labels, leaf.dim):
+        return None
     return labels.line(leaf.dim)
 
 
@@ -60,6 +62,8 @@ def follow_count(
     if not isinstance(given, TaggedInt):
         return
     balance_counts(propagation, node, given, line)
+    if parts == 1 and line.size and not static:
+        balance_readers(propagation, node, given, line)
     expression = given.expression
     propagation.checks.append(SizeCheck(node=node, expression=expression, ids=line, parts=parts, static=static))
 
@@ -96,8 +100,20 @@ def balance_counts(propagation: Propagation, node: fx.Node, given: Any, line: Id
     for leaf in leaves(given.expression) if isinstance(given, TaggedInt) else ():
         other = channels_of(propagation, leaf) if isinstance(leaf, Extent) else None
         if other is not None and line.size and not np.isin(line, other).any() and line.size % other.size == 0:
-            rows = np.concatenate([other[None], line.reshape(-1, other.size)])
+            # Each channel may have become several entries side by side (unfold).
+            one = line[:: line.size // other.size]
+            repeats = np.array_equal(line, np.repeat(one, line.size // other.size))
+            rows = np.concatenate([other[None], one[None] if repeats else line.reshape(-1, other.size)])
             propagation.space.balance(rows, f"a size read at {node.meta['call'].where}")
+
+
+def balance_readers(propagation: Propagation, node: fx.Node, given: Any, line: Ids) -> None:
+    """Channels whose number is read from the same attributes keep equal counts: an attribute has one value."""
+    if size_kind(propagation, given) != ATTRIBUTE or any(isinstance(leaf, Extent) for leaf in leaves(given.expression)):
+        return
+    first = propagation.widths.setdefault(given.expression, line)
+    if first.size == line.size and not np.array_equal(first, line):
+        propagation.space.balance(np.stack([first, line]), f"a size read at {node.meta['call'].where}")
 
 
 def check_unlabelled(propagation: Propagation, node: fx.Node, dims: list[int]) -> None:
