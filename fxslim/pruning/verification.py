@@ -123,8 +123,8 @@ class _Comparison:
             notes.append(
                 f"VACUOUS: removing everything changes the output by only {self.effect:.1e}, so it proves little"
             )
-        if set(self.compared) != {MODEL}:
-            parts = [f"{self.compared.pop(MODEL, 0)} outputs"]
+        if any(count for where, count in self.compared.items() if where != MODEL):
+            parts = [f"outputs of the model: {self.compared.pop(MODEL, 0)}"]
             if taken := self.compared.pop(DECISIONS, 0):
                 parts.append(f"the values behind {taken} decisions, which were the twin's")
             named = [f"{count} outputs of {where}" for where, count in self.compared.items()]
