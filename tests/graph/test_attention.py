@@ -187,6 +187,14 @@ def test_a_mask_takes_as_many_dims_as_it_has() -> None:
             return self.head(torch.relu(self.b(torch.relu(self.a(x))))[torch.ones(2, 10, dtype=torch.bool)])
 
     model = randomise(Masked())
-    plan = fxslim.plan_pruning(model, X, ratio=0.4, importance="random")
-    assert any(cut.name == "b.weight" and cut.dim == 0 for cut in plan.cuts)
+    plan = fxslim.plan_pruning(model, X, ratio=0.4, importance="random", max_ratio=0.5)
+    assert {"b.weight", "head.weight"} <= {cut.name for cut in plan.cuts}
     assert plan.verify(model, X).ok
+
+    class OverChannels(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.b(torch.relu(self.a(x))))
+            return self.head(hidden[torch.ones(2, 10, 10, dtype=torch.bool)].reshape(2, 10, 10))
+
+    graph = fxslim.trace(OverChannels(), X)
+    assert "channels are picked by indices" in graph.explain("b"), graph
