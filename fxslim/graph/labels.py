@@ -6,6 +6,7 @@ length where they differ. Label 0 (FIXED) is "not a channel". Rules unify labels
 classes of the union are the channels that can only be removed together.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +86,11 @@ class Balance:
     rows: Ids
     reason: str
 
+    @functools.cached_property
+    def range(self) -> tuple[int, int]:
+        """The least and the greatest label: layers have labels of their own, so most balances are far apart."""
+        return int(self.rows.min()), int(self.rows.max())
+
 
 @dataclass(kw_only=True)
 class LabelSpace:
@@ -119,9 +125,14 @@ class LabelSpace:
     def keeps_rows(self, labels: Labels, dim: int) -> bool:
         """Whether a dim holds rows of a balance: it never gets shorter."""
         lines = np.moveaxis(labels.ids, dim, 0).reshape(labels.ids.shape[dim], -1)
+        if lines.shape[1] <= 1:
+            return False
+        near = [b for b in self.balances if b.range[0] <= lines[0, 0] <= b.range[1]]
+        if not near:
+            return False
         # Behind a merge with the batch they repeat.
         lines = np.stack(list({line.tobytes(): line for line in lines}.values()))
-        return lines.shape[1] > 1 and any(_are_rows(lines, balance.rows) for balance in self.balances)
+        return any(_are_rows(lines, balance.rows) for balance in near)
 
     def classes(self) -> Ids:
         """The smallest label of each label's class (connected components by hooking and jumping)."""
@@ -145,8 +156,7 @@ class LabelSpace:
 
 
 def _are_rows(lines: Ids, rows: Ids) -> bool:
-    """Whether each line is made of whole rows, and lines that differ have no row in common."""
-    lines = np.unique(lines, axis=0)
+    """Whether each of these different lines is made of whole rows, and no two have a row in common."""
     flat = rows.reshape(-1)
     order = np.argsort(flat, kind="stable")
     found = order[np.searchsorted(flat, lines.reshape(-1), sorter=order).clip(max=flat.size - 1)]
