@@ -293,3 +293,25 @@ def test_a_size_that_only_training_reads() -> None:
     with pytest.raises(fxslim.PlanError, match=r"forward failed in train mode .*written as a number"):
         plan.apply(model)
     assert model[0].out_features == 8
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_views_of_no_boxes(merged: bool) -> None:
+    class Empty(nn.Module):
+        """None of the rows passes the threshold; what makes their boxes is pruned all the same."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.boxes, self.head = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.stem(x).tanh()
+            found = self.boxes(hidden[x[:, 0] > 9])
+            return self.head(hidden), found.reshape(-1, 4) if merged else found.reshape(len(found), -1, 4)
+
+    model, x = randomise(Empty()), torch.randn(6, 5)
+    plan = fxslim.plan_pruning(model, x, ratio=0.3, importance="random")
+    assert {"stem.weight", "boxes.weight"} <= {cut.name for cut in plan.cuts}
+    many = x.clone()
+    many[:, 0] = 10
+    assert plan.verify(model, [x, many]).ok

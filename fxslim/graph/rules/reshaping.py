@@ -30,10 +30,12 @@ def reshape(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     assert x is not None
     before, shape = x.shape, node.meta["shape"]
     if 0 in shape:
-        if before.index(0) != shape.index(0) or before.count(0) > 1 or shape.count(0) > 1:
-            return propagation.freeze_inputs(node, "a view of an empty tensor")
         # No boxes were found: as if there were one.
-        before, shape = (tuple(size or 1 for size in sizes) for sizes in (before, shape))
+        before = tuple(size or 1 for size in before)
+        rest = math.prod(size for size in shape if size)
+        if x.shape.count(0) > 1 or shape.count(0) > 1 or math.prod(before) % rest:
+            return propagation.freeze_inputs(node, "a view of an empty tensor")
+        shape = tuple(size or math.prod(before) // rest for size in shape)
     ids, sizes = x.ids, [1] * len(shape)
     runs = [run for run in matching_dims(before, shape) if any(ids.shape[d] > 1 for d in run[0])]
     for old, new in runs:
