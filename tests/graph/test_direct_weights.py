@@ -34,6 +34,18 @@ class BlurOfInput(Blur):
         return functional.conv2d(x, self.filter, padding=1, groups=x.shape[1])
 
 
+class OwnDepthwise(nn.Module):
+    """A module of the user's own with the attributes of a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = channels
+        self.weight = nn.Parameter(torch.randn(channels, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight, None, 1, 1, 1, self.groups)
+
+
 class BiasInPieces(nn.Module):
     """Queries, keys and values by one weight whose bias is put together, keys without any."""
 
@@ -128,6 +140,12 @@ def test_filters_in_buffers(seed: int) -> None:
     assert net[2].filter.shape[0] == net[0].out_channels
     if kind is Blur:
         assert net[2].channels == net[0].out_channels
+
+
+def test_groups_of_a_users_own_module() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), OwnDepthwise(8), nn.Conv2d(8, 5, 1))
+    check_family(net, picture(3, 10), prunes="0")
+    assert net[2].groups == net[0].out_channels < 8
 
 
 def test_groups_that_are_written_down_keep_their_channels() -> None:

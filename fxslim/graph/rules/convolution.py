@@ -5,10 +5,13 @@ import math
 
 import numpy as np
 from torch import fx
+from torch.nn.modules.conv import _ConvNd
 
 from fxslim.graph.labels import Ids, Labels, along, fixed
 from fxslim.graph.propagation import Propagation, as_int, combined, rule
 from fxslim.graph.rules.sizes import LITERAL, follow_count, size_kind
+from fxslim.graph.slots import owner
+from fxslim.graph.tagged_sizes import Attribute, expression_of
 
 
 @rule("convolution")
@@ -26,7 +29,7 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         return propagation.freeze_inputs(node, "a convolution runs over a labelled dim")
     line, shape = x.vector(channel), node.meta["shape"]
     depthwise = groups > 1 and groups == len(line)
-    _follow_groups(propagation, node, groups, line, depthwise)
+    _follow_groups(propagation, node, weight, groups, line)
     if depthwise:
         out = _depthwise(propagation, weight, line, shape[channel], transposed)
     elif groups == 1:
@@ -54,13 +57,17 @@ def _with_computed_bias(propagation: Propagation, node: fx.Node, made: Labels, c
     return combined(propagation, node, [made, wide], made.shape)
 
 
-def _follow_groups(propagation: Propagation, node: fx.Node, groups: int, line: Ids, depthwise: bool) -> None:
+def _follow_groups(propagation: Propagation, node: fx.Node, weight: str, groups: int, line: Ids) -> None:
     """A number of groups that is not a layer's own: as many as channels shrink with them, all others stay."""
     call = node.meta["call"]
     given = call.sizes[0] if groups > 1 and call.sizes else None
-    if not depthwise:
+    layer = owner(weight)
+    own = isinstance(propagation.modules.get(layer), _ConvNd) and Attribute(module=layer, name="groups")
+    if given is None or expression_of(given) == own:
+        return
+    if groups != len(line):
         follow_count(propagation, node, given, line[:0], static=groups)
-    elif given is not None and size_kind(propagation, given) == LITERAL:
+    elif size_kind(propagation, given) == LITERAL:
         propagation.freeze(Labels(shape=(), ids=line), node, f"{groups} groups written down at {call.where}")
     else:
         follow_count(propagation, node, given, line)
