@@ -7,6 +7,7 @@ classes of the union are the channels that can only be removed together.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,14 @@ class Balance:
     rows: Ids
     reason: str
 
+    @cached_property
+    def lowest(self) -> int:
+        return int(self.rows.min())
+
+    @cached_property
+    def highest(self) -> int:
+        return int(self.rows.max())
+
 
 @dataclass(kw_only=True)
 class LabelSpace:
@@ -119,9 +128,12 @@ class LabelSpace:
     def keeps_rows(self, labels: Labels, dim: int) -> bool:
         """Whether a dim holds rows of a balance: it never gets shorter."""
         lines = np.moveaxis(labels.ids, dim, 0).reshape(labels.ids.shape[dim], -1)
+        balances = [b for b in self.balances if b.lowest <= lines[0, 0] <= b.highest] if lines.shape[1] > 1 else []
+        if not balances:
+            return False
         # Behind a merge with the batch they repeat.
         lines = np.stack(list({line.tobytes(): line for line in lines}.values()))
-        return lines.shape[1] > 1 and any(_are_rows(lines, balance.rows) for balance in self.balances)
+        return any(_are_rows(lines, balance.rows) for balance in balances)
 
     def classes(self) -> Ids:
         """The smallest label of each label's class (connected components by hooking and jumping)."""
