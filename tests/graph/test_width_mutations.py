@@ -68,7 +68,7 @@ FAULTS: dict[str, tuple[str, Patch]] = {
     "scale of the module forgotten": ("module", replaced(attention, "_keep_scale", lambda *_: None)),
     "queries and keys of the module apart": ("module", without(attention, "_projections", "unify")),
     "queries and keys apart": ("math", without(products, "_product", "unify")),
-    "shared keys not kept": ("whole split", without(products, "_without_shared", "freeze")),
+    "shared keys not kept": ("whole merged", without(products, "_without_shared", "freeze")),
 }  # fmt: skip
 
 
