@@ -36,7 +36,7 @@ def rule(*names: str, elementwise: bool = False) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for name in names:
-            RULES[name] = function
+            assert RULES.setdefault(name, function) is function, f"{name} has two rules"
         return function
 
     return register

@@ -155,13 +155,3 @@ def _repacked(propagation: Propagation, node: fx.Node, before: int, after: int) 
         return propagation.freeze_inputs(node, "sequences packed along a labelled dim")
     ids = x.ids.reshape((1,) * after + x.ids.shape[before:])
     return [Labels(shape=results[0].shape, ids=ids), *results[1:]]
-
-
-@rule("index_select")
-def choose(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
-    """Along a dim without channels the labels pass."""
-    x = propagation.labels(node.args[0])
-    if x is None or as_int(node.args[1]) % max(1, len(x.shape)) in x.varying:
-        return propagation.freeze_inputs(node, "index_select picks channels by number")
-    propagation.freeze(propagation.labels(node.args[2]), node, "indices of index_select")
-    return Labels(shape=node.meta["shape"], ids=x.ids)
