@@ -110,6 +110,7 @@ def main() -> None:
         "| model and input | forward | trace | prune | trace / forward | prune / forward |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
+    options.report.mkdir(parents=True, exist_ok=True)
     path = options.report / f"{datetime.date.today()}-peak-memory.md"
     path.write_text("\n".join([*head, *(text for _, text in results), ""]))
 

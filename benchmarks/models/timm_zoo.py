@@ -173,7 +173,8 @@ def main() -> None:
         "backward in train mode afterwards, with 95 % or more of the layers free. `relative` is the largest difference",
         "over the largest output, `effect` that of the removal itself, `free` the share of layers with removable",
         "channels, those that make the output left out (below 95 %: FROZEN, with what keeps them). Seconds are CPU",
-        "time of planning. Reproduce: `make zoo-timm`.", "",
+        f"time of planning. {len(names)} lines are of the last run, others of earlier ones, maybe of other code.",
+        "Reproduce: `make zoo-timm`, without a report of the same day.", "",
         "| model | settings | sizes | | macs kept | layers cut | free | relative | effect | s | stays because |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

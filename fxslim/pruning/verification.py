@@ -61,7 +61,7 @@ def _largest(value: Tensor) -> float:
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:
-    """Equal infinities and NaN in the same places do not differ."""
+    """Equal infinities do not differ; NaN in outputs is refused before, elsewhere it is in the same places."""
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     return float(torch.nan_to_num((a - b)[differ], nan=float("inf")).abs().max()) if differ.any() else 0.0
 
@@ -90,6 +90,8 @@ class _Comparison:
                 self._differ(f"output shapes{named} differ: {tuple(b.shape)}, pruned {tuple(c.shape)}")
             if not b.numel():
                 self.notes[f"an output of {where} has no entries: what makes it was not compared"] = None
+            if unknown := int(b.isnan().sum()):
+                self._differ(f"{unknown} of {b.numel()} entries that {where} returns are NaN and can't be compared")
             self._add(b, c)
         if got.repeated is not None:
             for b, c in got.repeated.compared:

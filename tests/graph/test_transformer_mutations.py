@@ -13,6 +13,7 @@ from fxslim.graph.size_checks import NewSizes
 from fxslim.pruning import silencing
 from tests.graph.proofs import picture
 from tests.graph.random_networks import randomise
+from tests.graph.test_family_mutations import replaced
 from tests.graph.test_mutations import Patch, caught, without_slot
 from tests.graph.test_repeated_heads import Biased, OneHead, X
 from tests.graph.test_written_norms import Around, LayerNorm2d, Residual, Rms
@@ -46,10 +47,6 @@ def networks_of(name: str) -> Callable[[int], tuple[nn.Module, Tensor]]:
         return randomise(make(), seed), x
 
     return build
-
-
-def replaced(owner: object, name: str, value: object) -> Patch:
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, value)
 
 
 FAULTS: dict[str, tuple[str, Patch]] = {

@@ -174,3 +174,14 @@ def test_skip_takes_names_globs_and_types() -> None:
             "4.running_mean",
             "4.running_var",
         }
+
+
+def test_outputs_that_are_nan_prove_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(2, 4)
+    plan = fxslim.plan_pruning(model, x, ratio=0.5)
+    with torch.no_grad():
+        model[2].bias[1] = torch.nan
+    proof = plan.verify(model, x)
+    assert not proof.ok
+    assert "2 of 6 entries that the model returns are NaN" in str(proof)
