@@ -139,8 +139,8 @@ def guarded_row(name: str) -> str:
     try:
         return row(name)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:160]
-        return f"| {name} | | | FAILED | | | | | | | {type(error).__name__}: {first} |"
+        told = " ".join(str(error).split())[:400]
+        return f"| {name} | | | FAILED | | | | | | | {type(error).__name__}: {told} |"
 
 
 def _lines_of_others(path: Path, names: list[str]) -> dict[str, str]:

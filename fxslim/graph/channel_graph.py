@@ -66,7 +66,7 @@ class ChannelGraph:
         for slot in self.resolved.slots:
             if owner(slot.name) == layer and slot.role == "producer":
                 reasons = Counter(
-                    self.resolved.reasons[c] for c in self.resolved.of(slot).tolist() if self.resolved.frozen[c]
+                    self.resolved.reason(c) for c in self.resolved.of(slot).tolist() if self.resolved.frozen[c]
                 )
                 lines += [f"{layer}: {count} of {len(slot.ids)} channels stay: {why}" for why, count in reasons.items()]
         lines += list(dict.fromkeys(f"{layer}: stays: {why}" for why in self._reasons_for(layer)))
@@ -84,7 +84,7 @@ class ChannelGraph:
         for slot in self.resolved.slots:
             classes = self.resolved.of(slot)
             if slot.role == "producer" and self.resolved.frozen[classes].all():
-                frozen[owner(slot.name)] = self.resolved.reasons[int(classes[0])]
+                frozen[owner(slot.name)] = self.resolved.reason(int(classes[0]))
         for name, why in self.resolved.whole.items():
             if len(self.state_shapes[name]) > 1:
                 frozen.setdefault(owner(name) or name, why)

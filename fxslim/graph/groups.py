@@ -54,19 +54,27 @@ class ResolvedLabels:
         self.slots = [*propagation.slots.values(), *settled]
         self.whole = propagation.whole
         self._slot_classes = {slot.key: self.classes[slot.ids] for slot in self.slots}
-        self.reasons: dict[int, str] = {FIXED: "not a channel"}
+        # One number for each class, since parameters used directly may have millions: which reason it has, if any.
+        self._reasons = [
+            "not a channel" if propagation.space.count == 1 else "combined with values that are no channels"
+        ]
+        self._reason_of = np.full(len(self.classes), -1, dtype=np.int64)
+        self._reason_of[FIXED] = 0
         for freeze in [*propagation.space.freezes, *freezes]:
-            for found in np.unique(self.classes[freeze.ids]).tolist():
-                self.reasons.setdefault(found, freeze.reason)
-        if propagation.space.count > 1:
-            self.reasons[FIXED] = "combined with values that are no channels"
-        self.frozen = np.zeros(len(self.classes), dtype=bool)
-        self.frozen[list(self.reasons)] = True
+            found = self.classes[freeze.ids]
+            self._reason_of[found[self._reason_of[found] < 0]] = len(self._reasons)
+            self._reasons.append(freeze.reason)
+        self.frozen = self._reason_of >= 0
         self.balances = [self.classes[balance.rows] for balance in propagation.space.balances]
 
     def of(self, slot: Slot) -> Ids:
         """The class of each entry of a slot."""
         return self._slot_classes[slot.key]
+
+    def reason(self, channel: int) -> str:
+        """Why a class of channels stays; nothing for a free one."""
+        found = int(self._reason_of[channel])
+        return self._reasons[found] if found >= 0 else ""
 
     def groups(self) -> list[ChannelGroup]:
         """Free classes, grouped by the set of slots that they live in, in the order of the forward."""

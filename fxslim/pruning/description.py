@@ -130,7 +130,7 @@ def _check_side(slot: Slot, where: str, text: str, graph: ChannelGraph, kept: np
     classes = graph.resolved.of(slot)
     for i, (c, stays) in enumerate(zip(classes.tolist(), kept[classes].tolist(), strict=True)):
         if not stays and graph.resolved.frozen[c]:
-            raise PlanError(f"{where} drops channel {i}, which must stay: {graph.resolved.reasons[c]}")
+            raise PlanError(f"{where} drops channel {i}, which must stay: {graph.resolved.reason(c)}")
         if not stays and text[i % len(text)] == _KEPT:
             raise PlanError(
                 f"{where} keeps channel {i}, which a layer that shares it drops: drop it in both or neither"

@@ -234,7 +234,7 @@ def _notes(
             continue
         classes = graph.resolved.of(slot)
         for c in classes[whole[slot.key] & kept[classes]].tolist():
-            why = graph.resolved.reasons.get(c) or reasons.get(c)
+            why = graph.resolved.reason(c) or reasons.get(c)
             why = why or "one must stay, and parts of equal size (groups, chunks) stay equal"
             stay[slot.name.rpartition(".")[0], why] += 1
     return [f"{layer}: {count} masked channels stay: {why}" for (layer, why), count in stay.items()]
