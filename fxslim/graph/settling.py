@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fxslim.graph.groups import ResolvedLabels, affordable, removal_steps
+from fxslim.graph.groups import ResolvedLabels
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
+from fxslim.graph.removal_steps import affordable, removal_steps
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
 from fxslim.graph.slots import LayerCall, SlotKey
 from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
@@ -115,10 +116,9 @@ class Arranger:
         resolved, groups = self.resolved, self.resolved.groups()
         random = np.random.default_rng(0)
         candidates = np.concatenate([group.channels for group in groups] or [np.zeros(0, dtype=np.int64)])
-        steps, _ = removal_steps(random.permutation(candidates).tolist(), resolved.frozen, resolved.balances)
+        steps = removal_steps(random.permutation(candidates), resolved.frozen, resolved.balances)
         keep = np.ones(len(resolved.classes), dtype=bool)
-        for step in affordable(steps, groups, [len(group) // 2 for group in groups]):
-            keep[step] = False
+        keep[affordable(steps, groups, [len(group) // 2 for group in groups]).channels] = False
         outcome = self.arrange(keep)
         return outcome if isinstance(outcome, Conflict) else None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
-from fxslim.graph.groups import affordable, removal_steps
+from fxslim.graph.removal_steps import affordable, removal_steps
 from fxslim.graph.slots import SlotKey
 
 TARGETS = ("macs", "params", "channels")
@@ -24,14 +24,13 @@ class Removals:
         candidates = np.concatenate([g.channels for g in graph.groups] or [np.zeros(0, dtype=np.int64)])
         candidates = candidates[~frozen[candidates]]
         ranked = candidates[np.lexsort((candidates, scores[candidates]))]
-        steps, _ = removal_steps(ranked.tolist(), frozen, graph.resolved.balances)
+        steps = removal_steps(ranked, frozen, graph.resolved.balances)
         # Each group keeps its share of channels, at least one.
         left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in graph.groups]
         self.steps = affordable(steps, graph.groups, left)
         never = len(self.steps)
         self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
-        for i, step in enumerate(self.steps):
-            self.rank[step] = i
+        self.rank[self.steps.channels] = self.steps.numbers
         self.sorted_ranks = self._sorted_ranks()
 
     def _sorted_ranks(self) -> list[tuple[np.ndarray, list[SlotKey]]]:
@@ -50,7 +49,7 @@ class Removals:
         cost = self.graph.cost
         if target == "channels":
             total = sum(map(len, self.graph.groups))
-            return sum(map(len, self.steps[:count])) / max(total, 1)
+            return float(self.steps.starts[count]) / max(total, 1)
         shares: dict[SlotKey, float] = {}
         for ranks, keys in self.sorted_ranks:
             share = 1 - float(ranks.searchsorted(count)) / max(len(ranks), 1)
