@@ -16,9 +16,9 @@ from fxslim.graph.groups import ResolvedLabels
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
-from fxslim.graph.removal_steps import affordable, removal_steps
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
 from fxslim.graph.slots import LayerCall, SlotKey
+from fxslim.graph.steps import affordable, removal_steps
 from fxslim.graph.tagged_sizes import Attribute, Extent, leaves
 from fxslim.graph.width_scales import Scaling, Unkept, WidthScales
 

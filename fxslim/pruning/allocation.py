@@ -8,8 +8,8 @@ import numpy as np
 
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
-from fxslim.graph.removal_steps import affordable, removal_steps
 from fxslim.graph.slots import SlotKey
+from fxslim.graph.steps import affordable, removal_steps
 
 TARGETS = ("macs", "params", "channels")
 

@@ -30,17 +30,18 @@ class Sums:
         self.by_column = torch.zeros(blocks, rows.shape[1], dtype=torch.float64)
         per_block = len(rows) // blocks
         step = max(1, min(PIECE // max(rows.shape[1], 1), per_block))
+        scratch = torch.empty(step, rows.shape[1], dtype=torch.float64)
         for block in range(blocks):
             for start in range(block * per_block, (block + 1) * per_block, step):
                 stop = min(start + step, (block + 1) * per_block)
-                piece = self._magnitudes(rows[start:stop])
+                piece = self._magnitudes(scratch[: stop - start].copy_(rows[start:stop]))
                 # Products with ones are the fastest sums there are.
                 torch.mv(piece, piece.new_ones(piece.shape[1]), out=self.by_row[start:stop])
                 self.by_column[block].addmv_(piece.t(), piece.new_ones(len(piece)))
 
     def _magnitudes(self, values: Tensor) -> Tensor:
-        copy = values.to(torch.float64, copy=True)
-        return copy.square_() if self.order == 2 else copy.abs_()
+        """In place."""
+        return values.square_() if self.order == 2 else values.abs_()
 
     def of(self, slot: Slot) -> np.ndarray:
         """One sum for each entry of a slot."""
@@ -49,7 +50,7 @@ class Sums:
         if slot.dim == 1:
             return self.by_column.reshape(slot.blocks * self.state.shape[1], -1).sum(1).numpy()
         others = [d for d in range(self.state.dim()) if d != slot.dim]
-        return self._magnitudes(self.state).sum(others).numpy()
+        return self._magnitudes(self.state.to(torch.float64, copy=True)).sum(others).numpy()
 
 
 def _with_values(name: str, state: Tensor) -> Tensor:

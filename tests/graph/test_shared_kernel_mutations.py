@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxslim.graph import groups
+from fxslim.graph import steps
 from fxslim.graph.labels import LabelSpace
 from fxslim.graph.propagation import RULES
 from tests.graph.random_networks import randomise
@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[str, Patch]] = {
     "a made bias not followed": ("bias", no_unification_in("addmm")),
     "parts of a bias shifted": ("bias", changed_result("cat", "clone", change=rolled_channels)),
     "tables added without a tie": ("table", no_unification_in("add")),
-    "no balance kept": ("transformer", replaced(groups, "distinct_balances", lambda _: [])),
+    "no balance kept": ("transformer", replaced(steps, "joined_balances", lambda _: [])),
     "windows shifted": ("transformer", changed_result("roll", "permute", change=rolled_channels)),
     "tokens shifted": ("transformer", changed_result("cat", "expand", change=rolled_channels)),
 }

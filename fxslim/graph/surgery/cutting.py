@@ -93,11 +93,12 @@ def _select_rows(tensor: Tensor, rows: Tensor, others: dict[int, Tensor]) -> Ten
     sizes = [len(rows), *(len(others[d]) if d in others else tensor.shape[d] for d in range(1, tensor.dim()))]
     result = tensor.new_empty(sizes)
     step = max(1, _PIECE // max(1, tensor[:1].numel()))
+    *first, last = others
     for start in range(0, len(rows), step):
         piece = tensor.index_select(0, rows[start : start + step])
-        for dim, index in others.items():
-            piece = piece.index_select(dim, index)
-        result[start : start + step] = piece
+        for dim in first:
+            piece = piece.index_select(dim, others[dim])
+        torch.index_select(piece, last, others[last], out=result[start : start + step])
     return result
 
 

@@ -43,7 +43,7 @@ def removal_steps(ranked: Ids, frozen: np.ndarray, balances: list[Ids]) -> Steps
     A channel without constraints is a set of its own. Otherwise the lowest channels of the other rows join
     until all rows of each constraint lose equally many.
     """
-    balances = distinct_balances(balances)
+    balances = joined_balances(balances)
     tied = np.zeros(len(frozen), dtype=bool)
     for rows in balances:
         tied[rows] = True
@@ -123,19 +123,23 @@ def _earlier(values: Ids) -> Ids:
     return found
 
 
-def distinct_balances(balances: Iterable[Ids]) -> list[Ids]:
-    """Balances without rows that hold the same channels as another, each once; a single row asks for nothing.
+def joined_balances(balances: Iterable[Ids]) -> list[Ids]:
+    """Balances that share a row as one, its rows each once; a single row asks for nothing.
 
-    >>> [rows.shape for rows in distinct_balances([np.arange(12).reshape(2, 6), np.arange(12).reshape(3, 4)])]
-    [(2, 6), (3, 4)]
+    >>> first, second, third = np.arange(12).reshape(3, 4)
+    >>> [len(rows) for rows in joined_balances([np.stack([first, second]), np.stack([second, third])])]
+    [3]
     """
-    found: dict[tuple[int, bytes], Ids] = {}
+    found: list[dict[bytes, Ids]] = []
     for rows in balances:
-        different = {row.tobytes(): row for row in np.sort(rows, axis=1)}
-        if len(different) > 1:
-            kept = np.stack([different[key] for key in sorted(different)])
-            found.setdefault((len(kept), kept.tobytes()), kept)
-    return list(found.values())
+        mine = {row.tobytes(): row for row in np.sort(rows, axis=1)}
+        if len(mine) > 1:
+            sharing = [other for other in found if not mine.keys().isdisjoint(other)]
+            found = [other for other in found if mine.keys().isdisjoint(other)]
+            for other in sharing:
+                mine.update(other)
+            found.append(mine)
+    return [np.stack([mine[key] for key in sorted(mine)]) for mine in found]
 
 
 class _LostCounts:
