@@ -160,7 +160,7 @@ def smallest_and_largest(device: torch.device) -> Contest:
 
 def two_of_four(device: torch.device) -> Contest:
     """nm_mask 2:4 of 4096x4096 float32 (torch: WeightNormSparsifier; topk: scatter of a topk)."""
-    from torch.ao.pruning import WeightNormSparsifier
+    from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
     linear = torch.nn.Linear(4096, 4096, bias=False, device=device)
     weight = linear.weight.detach()

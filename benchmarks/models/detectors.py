@@ -96,7 +96,7 @@ def build(name: str) -> Detector:
     )
 
 
-def settle(model: nn.Module, generator: torch.Generator) -> None:
+def settle(model: Any, generator: torch.Generator) -> None:
     """Running statistics near those of real activations: a deep model neither fades nor turns chaotic."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -106,6 +106,8 @@ def settle(model: nn.Module, generator: torch.Generator) -> None:
         model.backbone(torch.randn(2, 3, 320, 320, generator=generator))
     for norm in norms:
         norm.momentum = 0.1
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         spread = norm.running_var.clamp(min=0.1)
         norm.running_mean += torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
         norm.running_var = spread * (torch.rand(spread.shape, generator=generator) + 0.5)

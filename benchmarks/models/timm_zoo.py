@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fxslim
 from benchmarks.models.zoo import free_share, randomise, settle_norms
 from benchmarks.timing import machine
-from fxslim.graph.inputs import output_tensors
+from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.pruning.verification import TOLERANCE, VISIBLE
 
 # Smallest variants; of models whose blocks are all alike, as few blocks as timm lets one ask for.
@@ -78,7 +78,7 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
             except Exception as error:
                 problem = error
                 continue
-            settle_norms(randomise(model), x)
+            settle_norms(randomise(model), Inputs(x))
             return model, x, _second_input(model, size)
     raise ValueError(f"{name} runs on none of {SIZES}: {problem}")
 
@@ -107,7 +107,7 @@ def row(name: str) -> str:
     if proof.ok:
         plan.apply(model)
         outputs = output_tensors(model.train()(torch.cat([x, x])))
-        sum(out.sum() for out in outputs if out.requires_grad).backward()
+        torch.stack([out.sum() for out in outputs if out.requires_grad]).sum().backward()
     frozen = [reason for reason in graph.frozen_layers().values() if not reason.startswith("model output")]
     verdict = (
         "DIFFERS" if proof.relative > TOLERANCE

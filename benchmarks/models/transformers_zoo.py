@@ -14,8 +14,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -128,7 +129,7 @@ def sound(size: int) -> Inputs:
     return Inputs(input_values=torch.randn(2, 40 * size))
 
 
-def made(kind: str, settings: dict, **more: object) -> Callable[[], nn.Module]:
+def made(kind: str, settings: Mapping[str, object], **more: object) -> Callable[[], nn.Module]:
     """A model class by its name, from a config of these settings."""
 
     def build() -> nn.Module:
@@ -144,7 +145,7 @@ def clip(**more: object) -> nn.Module:
 
 
 def without_weight_norm() -> nn.Module:
-    model = made("Wav2Vec2ForCTC", SPEECH)()
+    model: Any = made("Wav2Vec2ForCTC", SPEECH)()
     parametrize.remove_parametrizations(model.wav2vec2.encoder.pos_conv_embed.conv, "weight")
     return model
 
@@ -230,7 +231,7 @@ def row(name: str, importance: str, ratio: float) -> tuple[bool, str]:
     return not problems, "| " + " | ".join(cells) + " |"
 
 
-def random_model(build: Callable[[], nn.Module]) -> nn.Module:
+def random_model(build: Callable[[], nn.Module]) -> Any:
     """Random in all that a state has; buffers that are no part of it are computed by the model itself."""
     model = build()
     computed = {n: b.clone() for n, b in model.named_buffers() if n not in model.state_dict()}
@@ -243,7 +244,7 @@ def random_model(build: Callable[[], nn.Module]) -> nn.Module:
 def train(model: nn.Module, inputs: Inputs) -> None:
     """A backward in train mode, dropout active."""
     outputs = output_tensors(inputs.copied().run(model.train()))
-    sum(out.sum() for out in outputs if out.requires_grad).backward()
+    torch.stack([out.sum() for out in outputs if out.requires_grad]).sum().backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     model.eval()
 

@@ -92,6 +92,8 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     generator = torch.Generator().manual_seed(1)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         spread = norm.running_var.clamp(min=0.1)
         norm.running_mean += torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
         norm.running_var = spread * (torch.rand(spread.shape, generator=generator) + 0.5)
