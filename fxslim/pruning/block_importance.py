@@ -8,24 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxslim.batches import Forward, as_data
 from fxslim.errors import ConfigError, unknown_name
-from fxslim.graph.inputs import as_inputs, output_tensors
+from fxslim.graph.inputs import output_tensors
 from fxslim.graph.recording import undisturbed
 
 
 def measure_blocks(
-    model: nn.Module, data: Iterable[Any], blocks: str, *, forward: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module, data: Iterable[Any], blocks: str, *, forward: Forward | None = None
 ) -> dict[str, float]:
     """1 - cosine between input and output of each block, in the mean over all positions of the data.
 
-    ``blocks`` is a glob of module names, for instance ``"encoder.layer.*"``. A batch is what the model takes as its
-    only input, unless ``forward(model, batch)`` says otherwise. The lowest may be left out first (see ``BlockMap``).
+    ``blocks`` is a glob of module names, for instance ``"encoder.layer.*"``. ``forward(model, batch)`` runs
+    the model on a batch, by default on its first element. The lowest may be left out first (see ``BlockMap``).
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Identity())
     >>> measure_blocks(net, [torch.randn(2, 4)], "1")["1"] < 1e-12
     True
     """
-    depth = blocks.count(".")
+    batches, depth = as_data(data, forward), blocks.count(".")
     names = [n for n, _ in model.named_modules() if fnmatch.fnmatchcase(n, blocks) and n.count(".") == depth]
     if not names:
         raise ConfigError("blocks: " + unknown_name("module", blocks, [n for n, _ in model.named_modules()]))
@@ -45,11 +46,8 @@ def measure_blocks(
     handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
     try:
         with undisturbed(model, training=False), torch.no_grad():
-            for batch in data:
-                if forward is not None:
-                    forward(model, batch)
-                else:
-                    as_inputs(batch)[0].run(model)
+            for batch in batches:
+                batches.forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()

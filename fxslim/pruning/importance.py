@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxslim.batches import Data
 from fxslim.errors import ConfigError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.groups import ChannelGroup
@@ -121,7 +122,9 @@ def _user_scores(graph: ChannelGraph, model: nn.Module, function: Importance) ->
     return scores
 
 
-def channel_scores(graph: ChannelGraph, model: nn.Module, importance: str | Importance, seed: int) -> np.ndarray:
+def channel_scores(
+    graph: ChannelGraph, model: nn.Module, importance: str | Importance, seed: int, data: Data | None = None
+) -> np.ndarray:
     """A score for each class of the graph: ``l1``, ``l2``, ``bn``, ``random``, or a function of group and model."""
     named = {
         "l1": lambda: _norm_scores(graph, model, 1.0),

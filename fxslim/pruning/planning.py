@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
+from fxslim.batches import Forward, Loss, as_data
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
@@ -32,6 +33,9 @@ def plan_pruning(
     skip: Iterable[str | type] = (),
     max_ratio: float = 0.9,
     heads: str = "whole",
+    data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     train_inputs: Any = None,
 ) -> PruningPlan:
@@ -40,6 +44,8 @@ def plan_pruning(
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
     model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
     each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
+    Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
+    ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
     ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
     plan to see what it does.
 
@@ -56,10 +62,11 @@ def plan_pruning(
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
+    batches = None if data is None else as_data(data, forward, loss)
     while True:
         if not graph.groups and ratio > 0:
             raise PlanError(f"no channels can be removed:\n{graph.report()}")
-        scores = channel_scores(graph, model, importance, seed)
+        scores = channel_scores(graph, model, importance, seed, batches)
         removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
