@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fxslim.graph.slots import LayerCall
+from fxslim.graph.slots import LayerCall, owner
 
 # The share of entries that each cut dim keeps.
 Shares = Mapping[tuple[str, int], float]
@@ -24,6 +24,15 @@ class Cost:
         """Multiply-adds when dims keep only these shares."""
         return sum(call.macs * math.prod(shares.get(f, 1.0) for f in call.factors) for call in self.calls)
 
+    def bitops_with(self, shares: Shares) -> float:
+        """Multiply-adds, each times the bits of its two operands: those of the layer's weights, for both."""
+        bits = {owner(name): 8 * size for name, size in self.element_sizes.items()}
+        usual = max(bits.values(), default=32)
+        return sum(
+            call.macs * bits.get(call.name, usual) ** 2 * math.prod(shares.get(f, 1.0) for f in call.factors)
+            for call in self.calls
+        )
+
     def params_with(self, shares: Shares) -> float:
         """Parameters when dims keep only these shares."""
         total = 0.0
@@ -35,6 +44,10 @@ class Cost:
     @property
     def macs(self) -> int:
         return round(self.macs_with({}))
+
+    @property
+    def bitops(self) -> int:
+        return round(self.bitops_with({}))
 
     @property
     def params(self) -> int:

@@ -1,84 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many channels go: the lowest first, over all groups, until the target is met."""
 
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from fxslim.errors import ConfigError, PlanError, unknown_name
+from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph
-from fxslim.graph.slots import SlotKey
 from fxslim.graph.steps import affordable, removal_steps
+from fxslim.pruning.budgets import Budget
+from fxslim.pruning.group_limits import GroupLimit
+from fxslim.pruning.rounding import in_allowed_counts
 
-TARGETS = ("macs", "params", "channels")
+# A choice this near to the target is not improved any more.
+_NEAR = 0.002
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is to be left of a target: this much, or (``never_more``) as near below it as steps allow."""
+
+    target: str
+    left: float
+    never_more: bool = False
+
+    def distance(self, left: float) -> float:
+        """How far from it a result is; infinite where it may not be."""
+        return float("inf") if self.never_more and left > self.left else abs(left - self.left)
 
 
 class Removals:
-    """All removals in order of rank; what is left after the first k of them, for any k."""
+    """All removals in order of rank, those that must be made first; what is left after the first k of them."""
 
-    def __init__(self, graph: ChannelGraph, scores: np.ndarray, blocked: Collection[int], max_ratio: float) -> None:
-        self.graph = graph
-        frozen = graph.resolved.frozen.copy()
+    def __init__(
+        self, graph: ChannelGraph, scores: np.ndarray, limits: Sequence[GroupLimit], blocked: Collection[int] = ()
+    ) -> None:
+        self.graph, self.limits = graph, limits
+        self._group_of = np.zeros(len(graph.resolved.classes), dtype=np.int64)
+        for i, group in enumerate(graph.groups):
+            self._group_of[group.channels] = i
+        frozen, late = graph.resolved.frozen.copy(), np.ones(len(scores), dtype=bool)
+        for group, limit in zip(graph.groups, limits, strict=True):
+            frozen[group.channels] |= limit.stays
+            late[group.channels] = not limit.exactly
         frozen[list(blocked)] = True
         candidates = np.concatenate([g.channels for g in graph.groups] or [np.zeros(0, dtype=np.int64)])
         candidates = candidates[~frozen[candidates]]
-        ranked = candidates[np.lexsort((candidates, scores[candidates]))]
+        ranked = candidates[np.lexsort((candidates, scores[candidates], late[candidates]))]
         steps = removal_steps(ranked, frozen, graph.resolved.balances)
-        # Each group keeps its share of channels, at least one.
-        left = [len(g) - max(1, math.ceil(len(g) * (1 - max_ratio))) for g in graph.groups]
-        self.steps = affordable(steps, graph.groups, left)
-        never = len(self.steps)
-        self.rank = np.full(len(graph.resolved.classes), never, dtype=np.int64)
+        steps = affordable(steps, graph.groups, [limit.at_most for limit in limits])
+        self.steps = in_allowed_counts(steps, graph.groups, [limit.allowed for limit in limits])
+        self.rank = np.full(len(graph.resolved.classes), len(self.steps), dtype=np.int64)
         self.rank[self.steps.channels] = self.steps.numbers
-        self.sorted_ranks = self._sorted_ranks()
+        # Steps that must be made: all up to the last one of a layer that loses just so many.
+        must = np.flatnonzero(~late[self.steps.channels])
+        self.first = int(self.steps.numbers[must].max()) + 1 if len(must) else 0
+        self._check_exact()
 
-    def _sorted_ranks(self) -> list[tuple[np.ndarray, list[SlotKey]]]:
-        """The ranks of channels, ascending, and the slots that hold just these: many slots hold the same."""
-        found: dict[bytes, tuple[np.ndarray, list[SlotKey]]] = {}
-        for slot in self.graph.resolved.slots:
-            channels = self.graph.resolved.of(slot)
-            key = channels.tobytes()
-            if key not in found:
-                found[key] = np.sort(self.rank[channels]), []
-            found[key][1].append(slot.key)
-        return list(found.values())
-
-    def removed_share(self, count: int, target: str) -> float:
-        """The fraction of the target that the first ``count`` removals take away."""
-        cost = self.graph.cost
-        if target == "channels":
-            total = sum(map(len, self.graph.groups))
-            return float(self.steps.starts[count]) / max(total, 1)
-        shares: dict[SlotKey, float] = {}
-        for ranks, keys in self.sorted_ranks:
-            share = 1 - float(ranks.searchsorted(count)) / max(len(ranks), 1)
-            shares.update(dict.fromkeys(keys, share))
-        if target == "macs":
-            return 1 - cost.macs_with(shares) / max(cost.macs, 1)
-        return 1 - cost.params_with(shares) / max(cost.params, 1)
-
-    def count_for(self, ratio: float, target: str) -> int:
-        """The number of removals that brings the removed share nearest to ``ratio``."""
-        if target not in TARGETS:
-            raise ConfigError(unknown_name("target", target, TARGETS))
-        low, high = 0, len(self.steps)
-        reachable = self.removed_share(high, target)
-        if reachable < ratio:
-            raise PlanError(
-                f"ratio={ratio} of {target} can't be reached: at most {reachable:.3f} can be removed from the "
-                f"{len(self.graph.groups)} free groups; trace(model, inputs).report() shows what is frozen; "
-                "raise max_ratio or lower ratio"
-            )
-        while low < high:
-            middle = (low + high) // 2
-            if self.removed_share(middle, target) < ratio:
-                low = middle + 1
-            else:
-                high = middle
-        before = self.removed_share(low - 1, target) if low > 0 else math.inf
-        return low - 1 if abs(before - ratio) < abs(self.removed_share(low, target) - ratio) else low
+    def _check_exact(self) -> None:
+        for group, limit in zip(self.graph.groups, self.limits, strict=True):
+            gone = int((self.rank[group.channels] < self.first).sum())
+            if limit.exactly and gone != limit.at_most:
+                raise PlanError(
+                    f"overrides: group {group.name} should lose {limit.at_most} of {len(group)} channels but can lose "
+                    f"{gone}: parts that stay equal (groups, heads, chunks) or layers tied to it allow no more"
+                )
 
     def kept_after(self, count: int) -> np.ndarray:
         """Which classes stay after the first ``count`` removals."""
         return self.rank >= count
+
+    def kept_for(self, goal: Goal, budget: Budget) -> np.ndarray:
+        """What stays when the target is met, as near as a single further step can bring it."""
+        everything = self.check_reachable(goal, budget)
+        low, high = self.first, len(self.steps)
+        while low < high:
+            middle = (low + high) // 2
+            if budget.left(self.kept_after(middle)) > goal.left:
+                low = middle + 1
+            else:
+                high = middle
+        return self._nearest(low, goal, budget, _NEAR * everything)
+
+    def _nearest(self, first: int, goal: Goal, budget: Budget, near: float) -> np.ndarray:
+        """The step that goes past the target, or those after it that do not: whichever ends nearest to it.
+
+        A step that is left out takes along all later ones of its groups, which stand behind it.
+        """
+        going = np.arange(len(self.steps)) < first
+        chosen = self._kept(going)
+        best = goal.distance(budget.left(chosen))
+        open_steps = np.arange(len(self.steps)) >= self.first
+        while best > near and first > self.first:
+            # Without the last step that was made, and its groups: as many of the others as fit.
+            going[first - 1] = False
+            open_steps &= ~self._tied_to(first - 1) | going
+            later = np.flatnonzero(open_steps & ~going)
+            low, high = 0, len(later)
+            while low < high:
+                middle = (low + high + 1) // 2
+                tried = going.copy()
+                tried[later[:middle]] = True
+                low, high = (middle, high) if budget.left(self._kept(tried)) >= goal.left else (low, middle - 1)
+            going[later[:low]] = True
+            beyond = going.copy()
+            beyond[later[low : low + 1]] = True
+            for tried in (going, beyond):
+                distance = goal.distance(budget.left(self._kept(tried)))
+                if distance < best:
+                    best, chosen = distance, self._kept(tried)
+            if low == len(later):
+                break
+            first = int(later[low]) + 1
+        return chosen
+
+    def _kept(self, going: np.ndarray) -> np.ndarray:
+        """What stays when these steps are made."""
+        kept = np.ones_like(self.rank, dtype=bool)
+        kept[self.steps.channels[going[self.steps.numbers]]] = False
+        return kept
+
+    def _tied_to(self, step: int) -> np.ndarray:
+        """Steps that remove channels of the same groups."""
+        made_by = self._group_of[self.steps.channels]
+        touched = np.zeros(len(self.graph.groups), dtype=bool)
+        touched[made_by[self.steps.numbers == step]] = True
+        found = np.zeros(len(self.steps), dtype=bool)
+        found[self.steps.numbers[touched[made_by]]] = True
+        return found
+
+    def check_reachable(self, goal: Goal, budget: Budget) -> float:
+        """What all channels count; raise where even all removals leave more than the goal."""
+        everything = budget.left(np.ones_like(self.rank, dtype=bool))
+        least = budget.left(self.kept_after(len(self.steps)))
+        if least <= goal.left:
+            return everything
+        asked = (
+            f"at_most={readable(goal.left)}" if goal.never_more else f"ratio={1 - goal.left / everything:.4g} of"
+        )  # fmt: skip
+        raise PlanError(
+            f"{asked} {goal.target} can't be reached: of {readable(everything)} at least {readable(least)} stay, "
+            f"at most {1 - least / everything:.3f} can be removed from the {len(self.graph.groups)} free groups; "
+            "trace(model, inputs).report() shows what is frozen; raise max_ratio, name fewer layers in skip, "
+            "or ask for less"
+        )
+
+
+def readable(number: float) -> str:
+    """A count in full, a small measurement in four digits.
+
+    >>> readable(1234567.4), readable(0.123456)
+    ('1,234,567', '0.1235')
+    """
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def within_groups(graph: ChannelGraph, scores: np.ndarray) -> np.ndarray:
+    """Scores that let every group lose the same share: the place of a channel in its own group."""
+    places = scores.copy()
+    for group in graph.groups:
+        order = np.lexsort((group.channels, scores[group.channels]))
+        places[group.channels[order]] = (np.arange(len(group)) + 0.5) / len(group)
+    return places

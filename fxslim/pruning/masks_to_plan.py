@@ -30,6 +30,7 @@ from fxslim.pruning.constant_folding import (
     fold_targets,
     silenced_twin,
 )
+from fxslim.pruning.group_limits import GroupLimit
 from fxslim.pruning.planning import removal_plan
 from fxslim.pruning.pruning_plan import PruningPlan
 from fxslim.pruning.weight_masks import WeightMasks, masked_entries
@@ -60,7 +61,8 @@ def _attempt(model: nn.Module, graph: ChannelGraph, inputs: Any, masks: WeightMa
         named[graph.resolved.of(slot)[whole.get(slot.key, np.zeros(len(slot.ids), dtype=bool))]] = True
     candidates = named & ~graph.resolved.frozen
     candidates[list(readings.reasons)] = False
-    removals = Removals(graph, np.zeros(count), np.flatnonzero(~candidates).tolist(), max_ratio=1.0)
+    limits = [GroupLimit(at_most=len(group) - 1, allowed=np.ones(len(group) + 1, dtype=bool)) for group in graph.groups]
+    removals = Removals(graph, np.zeros(count), limits, blocked=np.flatnonzero(~candidates).tolist())
     kept = removals.kept_after(len(removals.steps))
     arrangement = graph.arranger.arrange(kept)
     if isinstance(arrangement, Conflict):

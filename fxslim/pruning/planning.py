@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan_pruning`` decides which channels go; ``prune`` decides and applies."""
+"""Planning: which channels go. ``plan_pruning`` decides, ``prune`` also applies."""
 
-import fnmatch
-import numbers
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +14,21 @@ from fxslim.batches import Forward, Loss, as_data
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
+from fxslim.graph.layer_choice import Chosen
+from fxslim.graph.propagation import Conflict
 from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.allocation import Removals
+from fxslim.pruning.allocation import Goal, Removals, readable, within_groups
+from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget
+from fxslim.pruning.group_limits import Limits, Overrides, check_fraction, group_limits, uneven_layers
 from fxslim.pruning.importance import Importance, channel_scores
+from fxslim.pruning.latency import forward_milliseconds
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
+
+TARGETS = ("macs", "params", "channels", "bitops", "latency")
+# A target missed by more than this share of the whole is told.
+_MISSED = 0.01
 
 
 def plan_pruning(
@@ -29,25 +37,40 @@ def plan_pruning(
     *,
     ratio: float = 0.5,
     target: str = "macs",
+    at_most: float | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
     importance: str | Importance = "l2",
-    skip: Iterable[str | type] = (),
+    scope: str = "global",
+    layers: Chosen | None = None,
+    skip: Chosen = (),
+    overrides: Overrides | None = None,
     max_ratio: float = 0.9,
+    round_to: int = 1,
     heads: str = "whole",
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    strict: bool = False,
     seed: int = 0,
     train_inputs: Any = None,
 ) -> PruningPlan:
-    """Decide which channels to remove so that ``ratio`` of the target (macs, params or channels) goes.
+    """Decide which channels to remove so that ``ratio`` of the target (macs, params, channels, bitops, latency) goes.
 
-    The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
-    model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
-    each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
+    The model is not touched. Print the plan to see what it does.
+
+    ``at_most`` is an absolute budget in place of ``ratio``. Latency is what ``measure(model)`` returns for a pruned
+    copy, by default the milliseconds of a forward on the example inputs.
+    ``scope="global"`` ranks all channels together; with ``"layer"`` every group loses the same share.
+    Only ``layers`` lose outputs, those of ``skip`` stay whole, each a name, a glob, a type or several; the model's own
+    output stays by itself. ``overrides`` maps layers to the fraction of their channels to remove, or to a dict of
+    ``ratio``, ``max_ratio`` and ``round_to``; later keys replace earlier ones. No layer loses more than ``max_ratio``
+    or its last channel, and what it keeps is a multiple of ``round_to``. ``strict`` leaves channels that more than one
+    layer reads, and raises where ``layers`` names one that makes such.
+    Attention loses whole heads; with ``heads="dim"`` equally many entries of each head go instead: entry i of a
+    head's queries with entry i of its keys, and entries of its values.
     Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
     ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
-    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
-    plan to see what it does.
+    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -57,47 +80,93 @@ def plan_pruning(
     macs: 12,384 -> 6,192 (50.0% kept)
     params: 516 -> 260 (50.4% kept)
     """
-    for name, value in (("ratio", ratio), ("max_ratio", max_ratio)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
-            raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+    _check_settings(ratio, target, at_most, measure, scope)
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
     batches = None if data is None else as_data(data, forward, loss)
+    user = Limits(layers=layers, skip=skip, overrides=overrides, max_ratio=max_ratio, round_to=round_to, strict=strict)
     while True:
-        if not graph.groups and ratio > 0:
+        if not graph.groups and (ratio > 0 or at_most is not None):
             raise PlanError(f"no channels can be removed:\n{graph.report()}")
-        scores = channel_scores(graph, model, importance, seed, batches)
-        removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
-        kept = removals.kept_after(removals.count_for(ratio, target))
-        arrangement = graph.arranger.arrange(kept)
-        if isinstance(arrangement, Arrangement):
-            plan = removal_plan(graph, kept, arrangement, inputs)
-            return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
-        graph = graph.without(model, arrangement)
+        limits = group_limits(graph, model, user)
+        budget = _budget(graph, model, inputs, target, measure)
+        everything = budget.left(np.ones(len(graph.resolved.classes), dtype=bool))
+        goal = Goal(
+            target=target,
+            left=everything * (1 - ratio) if at_most is None else at_most,
+            never_more=at_most is not None,
+        )
+        try:
+            if batches is not None:
+                # Before any work with data: whether it can be reached at all.
+                Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
+            scores = channel_scores(graph, model, importance, seed, batches)
+            removals = Removals(graph, within_groups(graph, scores) if scope == "layer" else scores, limits)
+            kept = removals.kept_for(goal, budget)
+            arrangement = _arranged(graph, kept)
+        except _Unarranged as problem:
+            graph = graph.without(model, problem.conflict)
+            continue
+        plan = removal_plan(graph, kept, arrangement, inputs)
+        told = (*_told(goal, budget.left(kept), everything), *uneven_layers(graph, limits, kept))
+        plan = replace(plan, notes=(*plan.notes, *told))
+        return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+
+
+class _Unarranged(Exception):
+    """A choice of channels that the graph does not allow after all."""
+
+    def __init__(self, conflict: Conflict) -> None:
+        self.conflict = conflict
+
+
+def _arranged(graph: ChannelGraph, kept: np.ndarray) -> Arrangement:
+    arrangement = graph.arranger.arrange(kept)
+    if isinstance(arrangement, Conflict):
+        raise _Unarranged(arrangement)
+    return arrangement
+
+
+def _check_settings(ratio: float, target: str, at_most: float | None, measure: object, scope: str) -> None:
+    check_fraction("ratio", ratio)
+    if target not in TARGETS:
+        raise ConfigError(unknown_name("target", target, TARGETS))
+    if scope not in ("global", "layer"):
+        raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
+    if at_most is not None and (isinstance(at_most, bool) or not at_most > 0 or ratio != 0.5):
+        wrong = f"at_most={at_most!r} must be a number above 0" if ratio == 0.5 else "give ratio or at_most, not both"
+        raise ConfigError(wrong)
+    if measure is not None and target != "latency":
+        raise ConfigError(f"measure is what target='latency' counts, but target is {target!r}")
+
+
+def _budget(
+    graph: ChannelGraph, model: nn.Module, inputs: Any, target: str, measure: Callable[[nn.Module], float] | None
+) -> Budget:
+    if target != "latency":
+        return CostBudget(graph, target)
+    examples = as_inputs(inputs)
+
+    def measured(kept: np.ndarray) -> float:
+        smaller = removal_plan(graph, kept, _arranged(graph, kept), inputs).apply(copy.deepcopy(model))
+        return forward_milliseconds(smaller, examples) if measure is None else measure(smaller)
+
+    return MeasuredBudget(measured)
+
+
+def _told(goal: Goal, left: float, everything: float) -> list[str]:
+    """A note where the target was missed by more than one per cent of the whole."""
+    if abs(left - goal.left) <= _MISSED * everything:
+        return []
+    return [
+        f"{readable(goal.left)} {goal.target} were asked for, {readable(left)} are left: as near as whole steps come "
+        "(channels that only go together, round_to, overrides)"
+    ]
 
 
 def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:
     """``plan_pruning(...)`` and ``apply`` in one; the model is changed in place and returned."""
     return plan_pruning(model, inputs, **settings).apply(model, optimizer=optimizer)
-
-
-def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) -> set[int]:
-    """Classes of channels that layers named by ``skip`` make."""
-    modules = dict(model.named_modules())
-    chosen: set[str] = set()
-    for item in [skip] if isinstance(skip, str | type) else skip:
-        if isinstance(item, type):
-            chosen |= {name for name, module in modules.items() if isinstance(module, item)}
-            continue
-        found = {name for name in modules if name == item or fnmatch.fnmatchcase(name, item)}
-        if not found:
-            raise ConfigError("skip: " + unknown_name("layer", item, modules))
-        chosen |= {name for name in modules if any(name == f or name.startswith(f + ".") for f in found)}
-    blocked: set[int] = set()
-    for slot in graph.resolved.slots:
-        if slot.role in ("producer", "depthwise") and slot.name.rpartition(".")[0] in chosen:
-            blocked.update(graph.resolved.of(slot).tolist())
-    return blocked
 
 
 def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement, inputs: Any) -> PruningPlan:
