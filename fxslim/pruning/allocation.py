@@ -2,32 +2,18 @@
 """How many channels go: the lowest first, over all groups, until the target is met."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.steps import affordable, removal_steps
-from fxslim.pruning.budgets import Budget
-from fxslim.pruning.group_limits import GroupLimit
+from fxslim.pruning.budgets import Budget, Goal, readable
+from fxslim.pruning.layer_limits import GroupLimit
 from fxslim.pruning.rounding import in_allowed_counts
 
 # A choice this near to the target is not improved any more.
 _NEAR = 0.002
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """What is to be left of a target: this much, or (``never_more``) as near below it as steps allow."""
-
-    target: str
-    left: float
-    never_more: bool = False
-
-    def distance(self, left: float) -> float:
-        """How far from it a result is; infinite where it may not be."""
-        return float("inf") if self.never_more and left > self.left else abs(left - self.left)
 
 
 class Removals:
@@ -73,7 +59,7 @@ class Removals:
 
     def kept_for(self, goal: Goal, budget: Budget) -> np.ndarray:
         """What stays when the target is met, as near as a single further step can bring it."""
-        everything = self.check_reachable(goal, budget)
+        self.check_reachable(goal, budget)
         low, high = self.first, len(self.steps)
         while low < high:
             middle = (low + high) // 2
@@ -81,7 +67,7 @@ class Removals:
                 low = middle + 1
             else:
                 high = middle
-        return self._nearest(low, goal, budget, _NEAR * everything)
+        return self._nearest(low, goal, budget, _NEAR * goal.everything)
 
     def _nearest(self, first: int, goal: Goal, budget: Budget, near: float) -> np.ndarray:
         """The step that goes past the target, or those after it that do not: whichever ends nearest to it.
@@ -130,30 +116,20 @@ class Removals:
         found[self.steps.numbers[touched[made_by]]] = True
         return found
 
-    def check_reachable(self, goal: Goal, budget: Budget) -> float:
-        """What all channels count; raise where even all removals leave more than the goal."""
-        everything = budget.left(np.ones_like(self.rank, dtype=bool))
+    def check_reachable(self, goal: Goal, budget: Budget) -> None:
+        """Raise where even all removals leave more than the goal."""
         least = budget.left(self.kept_after(len(self.steps)))
         if least <= goal.left:
-            return everything
-        asked = (
-            f"at_most={readable(goal.left)}" if goal.never_more else f"ratio={1 - goal.left / everything:.4g} of"
-        )  # fmt: skip
+            return
+        asked = f"ratio={1 - goal.left / goal.everything:.4g} of"
+        if goal.never_more:
+            asked = f"at_most={readable(goal.left)}"
         raise PlanError(
-            f"{asked} {goal.target} can't be reached: of {readable(everything)} at least {readable(least)} stay, "
-            f"at most {1 - least / everything:.3f} can be removed from the {len(self.graph.groups)} free groups; "
+            f"{asked} {goal.target} can't be reached: of {readable(goal.everything)} at least {readable(least)} stay, "
+            f"at most {1 - least / goal.everything:.3f} can be removed from the {len(self.graph.groups)} free groups; "
             "trace(model, inputs).report() shows what is frozen; raise max_ratio, name fewer layers in skip, "
             "or ask for less"
         )
-
-
-def readable(number: float) -> str:
-    """A count in full, a small measurement in four digits.
-
-    >>> readable(1234567.4), readable(0.123456)
-    ('1,234,567', '0.1235')
-    """
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def within_groups(graph: ChannelGraph, scores: np.ndarray) -> np.ndarray:

@@ -1,14 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target counts: the model's cost, or what a user measures, for any choice of kept channels."""
+"""What is asked of a plan, and what a target counts: the model's cost or what a user measures, for any channels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import nn
 
-from fxslim.errors import ConfigError
+from fxslim.errors import ConfigError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.slots import SlotKey
+from fxslim.pruning.layer_limits import check_fraction
+
+TARGETS = ("macs", "params", "channels", "bitops", "latency")
+# A goal missed by more than this share of the whole is told.
+_MISSED = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a user asks for: a fraction to remove, or what may be left at most, of a number of the model."""
+
+    ratio: float
+    name: str
+    at_most: float | None = None
+    measure: Callable[[nn.Module], float] | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction("ratio", self.ratio)
+        if self.name not in TARGETS:
+            raise ConfigError(unknown_name("target", self.name, TARGETS))
+        if self.at_most is not None and self.ratio != 0.5:
+            raise ConfigError(f"ratio={self.ratio} and at_most={self.at_most}: give ratio or at_most, not both")
+        if self.at_most is not None and (isinstance(self.at_most, bool) or not self.at_most > 0):
+            raise ConfigError(f"at_most={self.at_most!r} must be a number above 0")
+        if self.measure is not None and self.name != "latency":
+            raise ConfigError(f"measure is what target='latency' counts, but target is {self.name!r}")
+
+    def goal(self, everything: float) -> "Goal":
+        """What is to be left of a model that counts ``everything``."""
+        left = everything * (1 - self.ratio) if self.at_most is None else self.at_most
+        return Goal(target=self.name, everything=everything, left=left, never_more=self.at_most is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is to be left of a target: this much, or (``never_more``) as near below it as steps allow."""
+
+    target: str
+    everything: float
+    left: float
+    never_more: bool = False
+
+    def distance(self, left: float) -> float:
+        """How far from it a result is; infinite where it may not be."""
+        return float("inf") if self.never_more and left > self.left else abs(left - self.left)
+
+    def told(self, left: float) -> list[str]:
+        """A note where a result misses it by more than one per cent of the whole."""
+        if abs(left - self.left) <= _MISSED * self.everything:
+            return []
+        return [
+            f"{readable(self.left)} {self.target} were asked for, {readable(left)} are left: as near as whole "
+            "steps come (channels that only go together, round_to, overrides)"
+        ]
+
+
+def readable(number: float) -> str:
+    """A count in full, a small measurement in four digits.
+
+    >>> readable(1234567.4), readable(0.123456)
+    ('1,234,567', '0.1235')
+    """
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 class Budget(Protocol):

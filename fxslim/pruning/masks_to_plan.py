@@ -30,7 +30,7 @@ from fxslim.pruning.constant_folding import (
     fold_targets,
     silenced_twin,
 )
-from fxslim.pruning.group_limits import GroupLimit
+from fxslim.pruning.layer_limits import GroupLimit
 from fxslim.pruning.planning import removal_plan
 from fxslim.pruning.pruning_plan import PruningPlan
 from fxslim.pruning.weight_masks import WeightMasks, masked_entries

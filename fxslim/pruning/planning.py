@@ -19,16 +19,12 @@ from fxslim.graph.propagation import Conflict
 from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.allocation import Goal, Removals, readable, within_groups
-from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget
-from fxslim.pruning.group_limits import Limits, Overrides, check_fraction, group_limits, uneven_layers
+from fxslim.pruning.allocation import Removals, within_groups
+from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget, Target
 from fxslim.pruning.importance import Importance, channel_scores
 from fxslim.pruning.latency import forward_milliseconds
+from fxslim.pruning.layer_limits import Limits, Overrides, limits_of_groups, uneven_layers
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
-
-TARGETS = ("macs", "params", "channels", "bitops", "latency")
-# A target missed by more than this share of the whole is told.
-_MISSED = 0.01
 
 
 def plan_pruning(
@@ -80,37 +76,51 @@ def plan_pruning(
     macs: 12,384 -> 6,192 (50.0% kept)
     params: 516 -> 260 (50.4% kept)
     """
-    _check_settings(ratio, target, at_most, measure, scope)
+    wished = Target(ratio=ratio, name=target, at_most=at_most, measure=measure)
+    limits = Limits(
+        layers=layers, skip=skip, overrides=overrides, max_ratio=max_ratio, round_to=round_to, strict=strict
+    )
+    if scope not in ("global", "layer"):
+        raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
+    batches = None if data is None else as_data(data, forward, loss)
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
-    batches = None if data is None else as_data(data, forward, loss)
-    user = Limits(layers=layers, skip=skip, overrides=overrides, max_ratio=max_ratio, round_to=round_to, strict=strict)
+    if not graph.groups and (ratio > 0 or at_most is not None):
+        raise PlanError(f"no channels can be removed:\n{graph.report()}")
+
+    def scores(of: ChannelGraph) -> np.ndarray:
+        found = channel_scores(of, model, importance, seed, batches)
+        return within_groups(of, found) if scope == "layer" else found
+
     while True:
-        if not graph.groups and (ratio > 0 or at_most is not None):
-            raise PlanError(f"no channels can be removed:\n{graph.report()}")
-        limits = group_limits(graph, model, user)
-        budget = _budget(graph, model, inputs, target, measure)
-        everything = budget.left(np.ones(len(graph.resolved.classes), dtype=bool))
-        goal = Goal(
-            target=target,
-            left=everything * (1 - ratio) if at_most is None else at_most,
-            never_more=at_most is not None,
-        )
         try:
-            if batches is not None:
-                # Before any work with data: whether it can be reached at all.
-                Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
-            scores = channel_scores(graph, model, importance, seed, batches)
-            removals = Removals(graph, within_groups(graph, scores) if scope == "layer" else scores, limits)
-            kept = removals.kept_for(goal, budget)
-            arrangement = _arranged(graph, kept)
+            plan = _plan(graph, model, inputs, wished, limits, scores, cheap_first=batches is not None)
         except _Unarranged as problem:
             graph = graph.without(model, problem.conflict)
             continue
-        plan = removal_plan(graph, kept, arrangement, inputs)
-        told = (*_told(goal, budget.left(kept), everything), *uneven_layers(graph, limits, kept))
-        plan = replace(plan, notes=(*plan.notes, *told))
         return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+
+
+def _plan(
+    graph: ChannelGraph,
+    model: nn.Module,
+    inputs: Any,
+    wished: Target,
+    user: Limits,
+    scores: Callable[[ChannelGraph], np.ndarray],
+    *,
+    cheap_first: bool,
+) -> PruningPlan:
+    """The plan that this graph allows."""
+    limits = limits_of_groups(graph, model, user)
+    budget = _budget(graph, model, inputs, wished)
+    goal = wished.goal(budget.left(np.ones(len(graph.resolved.classes), dtype=bool)))
+    if cheap_first:
+        # Before any work with data: whether it can be reached at all.
+        Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
+    kept = Removals(graph, scores(graph), limits).kept_for(goal, budget)
+    plan = removal_plan(graph, kept, _arranged(graph, kept), inputs)
+    return replace(plan, notes=(*plan.notes, *goal.told(budget.left(kept)), *uneven_layers(graph, limits, kept)))
 
 
 class _Unarranged(Exception):
@@ -127,41 +137,16 @@ def _arranged(graph: ChannelGraph, kept: np.ndarray) -> Arrangement:
     return arrangement
 
 
-def _check_settings(ratio: float, target: str, at_most: float | None, measure: object, scope: str) -> None:
-    check_fraction("ratio", ratio)
-    if target not in TARGETS:
-        raise ConfigError(unknown_name("target", target, TARGETS))
-    if scope not in ("global", "layer"):
-        raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
-    if at_most is not None and (isinstance(at_most, bool) or not at_most > 0 or ratio != 0.5):
-        wrong = f"at_most={at_most!r} must be a number above 0" if ratio == 0.5 else "give ratio or at_most, not both"
-        raise ConfigError(wrong)
-    if measure is not None and target != "latency":
-        raise ConfigError(f"measure is what target='latency' counts, but target is {target!r}")
-
-
-def _budget(
-    graph: ChannelGraph, model: nn.Module, inputs: Any, target: str, measure: Callable[[nn.Module], float] | None
-) -> Budget:
-    if target != "latency":
-        return CostBudget(graph, target)
+def _budget(graph: ChannelGraph, model: nn.Module, inputs: Any, wished: Target) -> Budget:
+    if wished.name != "latency":
+        return CostBudget(graph, wished.name)
     examples = as_inputs(inputs)
 
     def measured(kept: np.ndarray) -> float:
         smaller = removal_plan(graph, kept, _arranged(graph, kept), inputs).apply(copy.deepcopy(model))
-        return forward_milliseconds(smaller, examples) if measure is None else measure(smaller)
+        return wished.measure(smaller) if wished.measure is not None else forward_milliseconds(smaller, examples)
 
     return MeasuredBudget(measured)
-
-
-def _told(goal: Goal, left: float, everything: float) -> list[str]:
-    """A note where the target was missed by more than one per cent of the whole."""
-    if abs(left - goal.left) <= _MISSED * everything:
-        return []
-    return [
-        f"{readable(goal.left)} {goal.target} were asked for, {readable(left)} are left: as near as whole steps come "
-        "(channels that only go together, round_to, overrides)"
-    ]
 
 
 def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:

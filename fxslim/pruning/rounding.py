@@ -19,7 +19,7 @@ def in_allowed_counts(steps: Steps, groups: Sequence[ChannelGroup], allowed: Seq
     group_of = np.zeros(1 + max((int(group.channels.max()) for group in groups), default=0), dtype=np.int64)
     for i, group in enumerate(groups):
         group_of[group.channels] = i
-    numbers, made_by = steps.numbers, group_of[steps.channels]
+    all_sizes, numbers, made_by = steps.sizes.tolist(), steps.numbers, group_of[steps.channels]
     party = _parties(len(groups), numbers, made_by)
     kept = [len(group) for group in groups]
     wrong = [0] * len(groups)
@@ -37,7 +37,7 @@ def in_allowed_counts(steps: Steps, groups: Sequence[ChannelGroup], allowed: Seq
             members = waiting.pop(leader)
             joined.append((float(np.mean(members)), members))
     order = [member for _, members in sorted(joined) for member in members]
-    sizes = [sum(int(steps.sizes[member]) for member in members) for _, members in sorted(joined)]
+    sizes = [sum(all_sizes[member] for member in members) for _, members in sorted(joined)]
     channels = [steps.channels[steps.starts[i] : steps.starts[i + 1]] for i in order]
     return Steps(channels=np.concatenate(channels) if channels else steps.channels[:0], starts=np.cumsum([0, *sizes]))
 

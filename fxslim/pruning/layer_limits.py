@@ -50,7 +50,7 @@ class Limits:
         check_multiple("round_to", self.round_to)
 
 
-def group_limits(graph: ChannelGraph, model: nn.Module, user: Limits) -> list[GroupLimit]:
+def limits_of_groups(graph: ChannelGraph, model: nn.Module, user: Limits) -> list[GroupLimit]:
     """One limit for each group of the graph; what is named must exist, be prunable, and not contradict itself."""
     skipped = chosen_layers(model, user.skip, "skip")
     wanted = None if user.layers is None else chosen_layers(model, user.layers, "layers")
