@@ -19,7 +19,8 @@ from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals
-from fxslim.pruning.importance import Importance, channel_scores
+from fxslim.pruning.importance.names import Criterion, channel_scores
+from fxslim.pruning.importance.samples import repeatable
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
 
 
@@ -29,7 +30,7 @@ def plan_pruning(
     *,
     ratio: float = 0.5,
     target: str = "macs",
-    importance: str | Importance = "l2",
+    importance: Criterion = "l2",
     skip: Iterable[str | type] = (),
     max_ratio: float = 0.9,
     heads: str = "whole",
@@ -44,10 +45,10 @@ def plan_pruning(
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
     model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
     each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
-    Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
-    ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
-    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
-    plan to see what it does.
+    ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Criteria
+    of activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and ``loss(outputs, batch)``
+    scores: by default the first element is the input and the second the target. ``train_inputs`` are example inputs
+    of train mode, where that needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -62,12 +63,12 @@ def plan_pruning(
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
-    batches = None if data is None else as_data(data, forward, loss)
+    batches = None if data is None else repeatable(as_data(data, forward, loss))
     while True:
         if not graph.groups and ratio > 0:
             raise PlanError(f"no channels can be removed:\n{graph.report()}")
-        scores = channel_scores(graph, model, importance, seed, batches)
-        removals = Removals(graph, scores, _blocked(graph, model, skip), max_ratio)
+        scores = channel_scores(graph, model, importance, seed, batches, blocked := _blocked(graph, model, skip))
+        removals = Removals(graph, scores, blocked, max_ratio)
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
