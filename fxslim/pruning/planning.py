@@ -45,10 +45,9 @@ def plan_pruning(
     The model is not touched. ``skip`` takes names, globs and types of layers whose outputs stay whole; the
     model's own output stays by itself. Attention loses whole heads; with ``heads="dim"`` equally many entries of
     each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
-    ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Criteria
-    of activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and ``loss(outputs, batch)``
-    scores: by default the first element is the input and the second the target. ``train_inputs`` are example inputs
-    of train mode, where that needs others (a detector's targets).
+    ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Some read
+    ``data``: batches that ``forward(model, batch)`` runs, by default on the first element, and ``loss(outputs, batch)``
+    scores, with the second. ``train_inputs`` are inputs of train mode, where it needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))

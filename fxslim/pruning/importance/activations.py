@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fxslim.pruning.importance.aggregation import SlotImportance, SlotValue
-from fxslim.pruning.importance.channel_values import channel_means, read_or_made
+from fxslim.pruning.importance.channel_values import read_or_made
 from fxslim.pruning.importance.criterion import Context
 
 UNSEEN = "were read by no layer while the data ran (no product or convolution with their weights was seen)"
@@ -32,7 +32,7 @@ class APoZ(SlotImportance):
 
     def slot_values(self, context: Context) -> Iterator[SlotValue]:
         """Shares of what is not 0."""
-        for slot, shares in channel_means(context, self.name, read_or_made(context), _not_zero):
+        for slot, shares in read_or_made(context, self.name, _not_zero):
             holding = context.holding(slot)
             yield SlotValue(slot=slot, values=holding.sums(shares) / holding.counts, grows=False)
 
@@ -46,6 +46,6 @@ class MeanActivation(SlotImportance):
 
     def slot_values(self, context: Context) -> Iterator[SlotValue]:
         """Means of magnitudes."""
-        for slot, means in channel_means(context, self.name, read_or_made(context), Tensor.abs):
+        for slot, means in read_or_made(context, self.name, Tensor.abs):
             holding = context.holding(slot)
             yield SlotValue(slot=slot, values=holding.sums(means) / holding.counts, grows=False)

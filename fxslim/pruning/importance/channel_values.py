@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxslim.graph.recording import undisturbed
-from fxslim.graph.slots import Slot, SlotKey, entry_sums
+from fxslim.graph.slots import Slot, entry_sums
 from fxslim.pruning.importance.criterion import Context
 from fxslim.pruning.importance.gradients import plain_recurrence
 
 # Operators that multiply two matrices: where their factors are among the arguments.
 PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 
-READERS, MAKERS = ("consumer", "depthwise"), ("producer",)
+READERS = ("consumer", "depthwise")
 
 
 class _Watch(TorchDispatchMode):
@@ -52,7 +52,7 @@ class _Watch(TorchDispatchMode):
 
     def _see_convolution(self, x: Tensor, weight: Tensor, result: Tensor) -> None:
         for slot in self.by_memory.get(weight.untyped_storage()._cdata, ()):
-            state, values = self.states[slot.name], x if slot.role in READERS else result
+            state, values = self.states[slot.name], result if slot.role == "producer" else x
             if weight.shape == state.shape and values.shape[1] == len(slot.ids):
                 self._note(slot, 0, values, 1)
 
@@ -61,7 +61,7 @@ class _Watch(TorchDispatchMode):
         outer = 2 * weight.dim() - 3 - inner
         for slot in self.by_memory.get(weight.untyped_storage()._cdata, ()):
             state = self.states[slot.name]
-            (values, dim), along = (read, inner) if slot.role in READERS else (made, outer)
+            (values, dim), along = (made, outer) if slot.role == "producer" else (read, inner)
             offset, size = int(weight.storage_offset()) - int(state.storage_offset()), state.shape[slot.dim]
             if slot.blocks > 1 or not 0 <= offset < state.numel() or weight.stride(along) != state.stride(slot.dim):
                 continue
@@ -76,14 +76,10 @@ class _Watch(TorchDispatchMode):
         self.counts[slot.key][entries] += values.numel() / max(values.shape[dim], 1)
 
 
-def read_or_made(context: Context) -> list[Slot]:
-    """The slots that read channels, and those that make channels which no slot reads (queries and keys)."""
-    readers = context.slots(READERS)
-    read = np.zeros(len(context.wanted), dtype=bool)
-    for slot in readers:
-        read[context.graph.resolved.of(slot)] = True
-    unread = context.wanted & ~read
-    return readers + [slot for slot in context.slots(MAKERS) if unread[context.graph.resolved.of(slot)].any()]
+def readers(context: Context, *roles: str) -> list[Slot]:
+    """The slots of layers that read channels, and of weights that the forward may multiply with by itself."""
+    direct = [slot for slot in context.slots(("follower",)) if context.states[slot.name].dim() > 1]
+    return context.slots(roles or READERS) + direct
 
 
 def channel_means(
@@ -100,7 +96,23 @@ def channel_means(
         for batch in data:
             with watch:
                 data.forward(context.model, batch)
-    keys: list[tuple[Slot, SlotKey]] = [(slot, slot.key) for slot in watch.slots]
-    for slot, key in keys:
-        if watch.counts[key].all():
-            yield slot, watch.sums[key] / watch.counts[key]
+    for slot in watch.slots:
+        if watch.counts[slot.key].all():
+            yield slot, watch.sums[slot.key] / watch.counts[slot.key]
+
+
+def read_or_made(
+    context: Context, criterion: str, measure: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Slot, np.ndarray]]:
+    """Means of what is read; where nothing reads a channel (queries and keys), of what its layer makes."""
+    of, read = context.graph.resolved.of, np.zeros(len(context.wanted), dtype=bool)
+    for slot in context.slots(READERS):
+        read[of(slot)] = True
+    makers = [slot for slot in context.slots(("producer",)) if (context.wanted & ~read)[of(slot)].any()]
+    found = list(channel_means(context, criterion, readers(context) + makers, measure))
+    for slot, _ in found:
+        if slot.role != "producer":
+            read[of(slot)] = True
+    for slot, means in found:
+        if slot.role != "producer" or (context.wanted & ~read)[of(slot)].any():
+            yield slot, means

@@ -42,8 +42,15 @@ def plain_recurrence(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         yield
         return
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+    backends = torch.backends.cudnn, torch.backends.mkldnn
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
         yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
 
 
 def sample_gradients(context: Context, criterion: str, names: Iterable[str], per: str) -> Iterator[dict[str, Tensor]]:

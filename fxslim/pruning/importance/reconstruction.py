@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxslim.pruning.importance.activations import UNSEEN
 from fxslim.pruning.importance.aggregation import SlotImportance, SlotValue
-from fxslim.pruning.importance.channel_values import channel_means
+from fxslim.pruning.importance.channel_values import channel_means, readers
 from fxslim.pruning.importance.criterion import Context
 from fxslim.pruning.importance.slot_sums import summed
 
@@ -31,7 +31,7 @@ class Reconstruction(SlotImportance):
 
     def slot_values(self, context: Context) -> Iterator[SlotValue]:
         """Mean squares of inputs times squared norms of the weights that read them."""
-        means = list(channel_means(context, self.name, context.slots(("consumer",)), _energy))
+        means = list(channel_means(context, self.name, readers(context, "consumer"), _energy))
         squares = {slot.key: values for slot, values in summed(context, [slot for slot, _ in means], torch.square_)}
         for slot, mean in means:
             yield SlotValue(slot=slot, values=context.holding(slot).sums(mean * squares[slot.key]))
