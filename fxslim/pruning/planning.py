@@ -21,7 +21,8 @@ from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals, within_groups
 from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget, Target
-from fxslim.pruning.importance import Importance, channel_scores
+from fxslim.pruning.importance.names import Criterion, channel_scores
+from fxslim.pruning.importance.samples import repeatable
 from fxslim.pruning.latency import forward_milliseconds
 from fxslim.pruning.layer_limits import Limits, Overrides, limits_of_groups, uneven_layers
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
@@ -35,7 +36,7 @@ def plan_pruning(
     target: str = "macs",
     at_most: float | None = None,
     measure: Callable[[nn.Module], float] | None = None,
-    importance: str | Importance = "l2",
+    importance: Criterion = "l2",
     scope: str = "global",
     layers: Chosen | None = None,
     skip: Chosen = (),
@@ -64,9 +65,9 @@ def plan_pruning(
     layer reads, and raises where ``layers`` names one that makes such.
     Attention loses whole heads; with ``heads="dim"`` equally many entries of each head go instead: entry i of a
     head's queries with entry i of its keys, and entries of its values.
-    Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
-    ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
-    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets).
+    ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Some read
+    ``data``: batches that ``forward(model, batch)`` runs, by default on the first element, and ``loss(outputs, batch)``
+    scores, with the second. ``train_inputs`` are inputs of train mode, where it needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -82,14 +83,14 @@ def plan_pruning(
     )
     if scope not in ("global", "layer"):
         raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
-    batches = None if data is None else as_data(data, forward, loss)
+    batches = None if data is None else repeatable(as_data(data, forward, loss))
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
     if not graph.groups and (ratio > 0 or at_most is not None):
         raise PlanError(f"no channels can be removed:\n{graph.report()}")
 
-    def scores(of: ChannelGraph) -> np.ndarray:
-        found = channel_scores(of, model, importance, seed, batches)
+    def scores(of: ChannelGraph, skipped: list[int]) -> np.ndarray:
+        found = channel_scores(of, model, importance, seed, batches, skipped)
         return within_groups(of, found) if scope == "layer" else found
 
     while True:
@@ -107,7 +108,7 @@ def _plan(
     inputs: Any,
     wished: Target,
     user: Limits,
-    scores: Callable[[ChannelGraph], np.ndarray],
+    scores: Callable[[ChannelGraph, list[int]], np.ndarray],
     *,
     cheap_first: bool,
 ) -> PruningPlan:
@@ -118,7 +119,8 @@ def _plan(
     if cheap_first:
         # Before any work with data: whether it can be reached at all.
         Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
-    kept = Removals(graph, scores(graph), limits).kept_for(goal, budget)
+    stay = [group.channels for group, limit in zip(graph.groups, limits, strict=True) if limit.stays]
+    kept = Removals(graph, scores(graph, np.concatenate(stay).tolist() if stay else []), limits).kept_for(goal, budget)
     plan = removal_plan(graph, kept, _arranged(graph, kept), inputs)
     return replace(plan, notes=(*plan.notes, *goal.told(budget.left(kept)), *uneven_layers(graph, limits, kept)))
 
