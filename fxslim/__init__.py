@@ -24,6 +24,7 @@ from fxslim.graph.cost import Cost as Cost
 from fxslim.graph.groups import ChannelGroup as ChannelGroup
 from fxslim.graph.inputs import Inputs as Inputs
 from fxslim.plan.applied_plans import applied as applied
+from fxslim.pruning.iterative import Pruner as Pruner
 from fxslim.pruning.planning import plan_pruning as plan_pruning
 from fxslim.pruning.planning import prune as prune
 from fxslim.pruning.pruning_plan import PruningPlan as PruningPlan
