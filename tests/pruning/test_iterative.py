@@ -15,7 +15,8 @@ from fxslim.errors import CheckpointError
 from fxslim.pruning.sparse_learning import GroupLasso, batch_norm_l1
 from fxslim.schedules import AGPSchedule, ConstantSchedule, LinearSchedule
 
-X, Y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
+SEED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(16, 3, 8, 8, generator=SEED), torch.randint(0, 4, (16,), generator=SEED)
 
 
 class Net(nn.Module):
@@ -204,7 +205,7 @@ def test_group_lasso_makes_whole_channels_small() -> None:
         return float(sizes.min() / sizes.max())
 
     # Some channels fade, others do not.
-    assert spread(2e-3) < 0.5 * spread(0.0)
+    assert spread(4e-3) < 0.2 * spread(0.0)
 
 
 def test_a_channel_of_zeros_gives_no_nan() -> None:
