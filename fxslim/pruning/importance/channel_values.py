@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxslim.errors import ConfigError
 from fxslim.graph.recording import undisturbed
 from fxslim.graph.slots import Slot, entry_sums
 from fxslim.pruning.importance.criterion import Context
@@ -78,7 +79,8 @@ class _Watch(TorchDispatchMode):
 
 def readers(context: Context, *roles: str) -> list[Slot]:
     """The slots of layers that read channels, and of weights that the forward may multiply with by itself."""
-    direct = [slot for slot in context.slots(("follower",)) if context.states[slot.name].dim() > 1]
+    shapes = context.graph.state_shapes
+    direct = [slot for slot in context.slots(("follower",)) if len(shapes.get(slot.name, ())) > 1]
     return context.slots(roles or READERS) + direct
 
 
@@ -98,7 +100,14 @@ def channel_means(
                 data.forward(context.model, batch)
     for slot in watch.slots:
         if watch.counts[slot.key].all():
-            yield slot, watch.sums[slot.key] / watch.counts[slot.key]
+            means = watch.sums[slot.key] / watch.counts[slot.key]
+            if not np.isfinite(means).all():
+                verb = "makes" if slot.role == "producer" else "reads"
+                raise ConfigError(
+                    f"importance={criterion!r}: what {slot.name} {verb} has NaN or infinity in "
+                    f"{int((~np.isfinite(means)).sum())} of {len(means)} channels: mend weights or data"
+                )
+            yield slot, means
 
 
 def read_or_made(

@@ -48,5 +48,5 @@ def squared_distances(vectors: Tensor) -> np.ndarray:
     both = norms[:, None] + norms[None, :]
     distances = both - 2 * products
     distances = torch.where(distances <= NOTHING * both, 0.0, distances)
-    # Symmetric, and rounded, so that equal channels get equal sums: the order of a product's terms is not ours.
+    # Symmetric, and rounded, so that equal distances are equal: the order of a product's terms is not ours.
     return ((distances + distances.t()) / 2).float().double().numpy()

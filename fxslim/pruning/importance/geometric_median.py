@@ -23,6 +23,5 @@ class FPGM(WeightImportance):
         for slot in self.slots(context):
             values = np.zeros(len(context.holding(slot).classes))
             for chosen, vectors in class_vectors(context, slot):
-                # Sums of numbers of float32 are exact in float64: equal filters tie.
-                values[chosen] = np.sqrt(squared_distances(vectors)).astype(np.float32).sum(1, dtype=np.float64)
+                values[chosen] = np.sqrt(squared_distances(vectors)).sum(1)
             yield SlotValue(slot=slot, values=values, grows=False)

@@ -4,7 +4,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,11 +21,6 @@ from fxslim.pruning.importance.samples import single_samples
 @contextlib.contextmanager
 def requiring_gradients(states: dict[str, Tensor]) -> Iterator[None]:
     """Weights that are frozen in training get gradients too; afterwards they are frozen again."""
-    for name, state in states.items():
-        if state.is_inference():
-            raise ConfigError(
-                f"{name} was made under inference_mode and has no gradients: build the model outside of it"
-            )
     frozen = [state for state in states.values() if not state.requires_grad]
     try:
         for state in frozen:
@@ -42,7 +37,7 @@ def plain_recurrence(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         yield
         return
-    backends = torch.backends.cudnn, torch.backends.mkldnn
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.mkldnn]
     before = [backend.enabled for backend in backends]
     try:
         for backend in backends:

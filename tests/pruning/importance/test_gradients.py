@@ -35,8 +35,7 @@ def test_taylor(name: str, form: str, normalize: str | None) -> None:
         return sum(FORMS[form](found) for found in products) / len(samples)
 
     found = scores_by_group(case, Taylor(form=form, normalize=normalize), data=case.data)
-    # Gradients are float32.
-    assert_same(found, aggregated(case, value, normalize=normalize), tolerance=1e-3)
+    assert_same(found, aggregated(case, value, normalize=normalize), tolerance=1e-7)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,10 +48,10 @@ def test_fisher_is_half_of_squared_taylor(name: str) -> None:
         return sum(p * p for p in products) / len(samples) / 2
 
     found = scores_by_group(case, Fisher(normalize=None, over="producers"), data=case.data)
-    assert_same(found, aggregated(case, value, roles=("producer",), normalize=None), tolerance=1e-3)
+    assert_same(found, aggregated(case, value, roles=("producer",), normalize=None), tolerance=1e-7)
     named = scores_by_group(case, "hessian", data=case.data)
     assert_same(scores_by_group(case, "fisher", data=case.data), named)
-    assert_same(scores_by_group(case, Taylor(form="squared"), data=case.data), named, tolerance=1e-6)
+    assert_same(scores_by_group(case, Taylor(form="squared"), data=case.data), named)
 
 
 def test_batches_as_samples() -> None:

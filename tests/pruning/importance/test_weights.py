@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fxslim
 from fxslim.pruning.importance import (
+    CRITERIA,
     FPGM,
     L1,
     L2,
@@ -20,9 +22,11 @@ from fxslim.pruning.importance import (
     ConvMax,
     ConvThreshold,
     LInf,
+    channel_scores,
 )  # fmt: skip
+from tests.graph.random_networks import randomise
 from tests.pruning.importance.brute_force import aggregated, assert_same, distance, parts, scores_by_group
-from tests.pruning.importance.small_networks import CASES, Case, Place, plain
+from tests.pruning.importance.small_networks import CASES, Case, Place
 
 MAKERS = ("producer",)
 each_case = pytest.mark.parametrize("name", CASES)
@@ -119,48 +123,50 @@ def test_fpgm(name: str) -> None:
     assert_same(scores_by_group(case, FPGM(over="producers", normalize=None)), expected, tolerance=1e-6)
 
 
+X = torch.randn(2, 3, 6, 6)
+
+
+def normed() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 7, 3), nn.BatchNorm2d(7))
+    return randomise(model.append(nn.ReLU()).append(nn.Conv2d(7, 2, 1)))
+
+
 def test_batch_norm_weights() -> None:
-    case = made("plain")
-    case.model[7], case.model[8] = torch.nn.Flatten(), torch.nn.Flatten()
-    case.model[9] = torch.nn.Linear(16, 3)
-    graph = fxslim.trace(case.model, case.x)
-    weights = {"0": case.model[1].weight, "3": case.model[4].weight}
+    model = normed()
+    graph = fxslim.trace(model, X)
+    weights = {"0": model[1].weight, "3": model[4].weight}
     for criterion, value in (("bn", abs), (BatchNormWeight(raw=True), float)):
-        scores = fxslim.pruning.importance.channel_scores(graph, case.model, criterion, 0)
+        scores = channel_scores(graph, model, criterion, 0)
         for group in graph.groups:
             assert scores[group.channels].tolist() == [value(w) for w in weights[group.name].tolist()]
 
 
 def test_dnn_is_the_mean_of_a_rows_magnitudes() -> None:
     torch.manual_seed(1)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)
-    )
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     graph = fxslim.trace(model, torch.randn(2, 4))
-    scores = fxslim.pruning.importance.channel_scores(graph, model, "dnn", 0)
+    scores = channel_scores(graph, model, "dnn", 0)
     for group, layer in zip(graph.groups, (model[0], model[2]), strict=True):
         expected = [sum(map(abs, row)) / len(row) for row in layer.weight.tolist()]
         assert scores[group.channels].tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "criterion", ["l1", "l2", "linf", "conv_avg", "conv_threshold", "fpgm", "conv_similarity", "bn"]
-)
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"random", "dnn"}))
 def test_equal_channels_go_by_index(criterion: str) -> None:
-    case = plain()
+    """All filters of a layer are equal, and made of numbers whose sums are not exact."""
+    model = normed()
     with torch.no_grad():
-        for parameter in case.model.parameters():
-            # Equal channels with numbers whose sums are not exact.
-            parameter.copy_(torch.randn_like(parameter[:1]).expand_as(parameter) if parameter.dim() == 1 else 0.1)
-            if parameter.dim() > 1:
-                parameter.copy_(parameter * torch.rand(()))
-    model = case.model[:6].append(torch.nn.Flatten()).append(torch.nn.Linear(16, 3))
-    with torch.no_grad():
-        model[-1].weight.fill_(0.3)
-    plan = fxslim.plan_pruning(model, case.x, ratio=0.3, target="channels", importance=criterion)
+        for layer in (model[0], model[3], model[6]):
+            layer.weight.copy_(torch.randn(1, 1, *layer.kernel_size).expand_as(layer.weight))
+            layer.bias.fill_(0.1)
+        for norm in (model[1], model[4]):
+            for state in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                state.fill_(0.7)
+    data = [(X, torch.zeros(2, 4, 4, dtype=torch.long)[:, :2, :2])]
+    plan = fxslim.plan_pruning(model, X, ratio=0.4, target="channels", importance=criterion, data=data)
     for cut in plan.cuts:
         if cut.name in ("0.weight", "3.weight") and cut.dim == 0:
-            size = model.get_parameter(cut.name).shape[0]
+            size = len(model.get_parameter(cut.name))
             assert cut.keep == tuple(range(size - len(cut.keep), size))
 
 
