@@ -29,7 +29,7 @@ def test_msmodelslim_reserves_a_share_of_the_parameters_in_sixteens() -> None:
     model = chain(64, 96, 128)
     first, last = model[0], model[-1]
     params = sum(p.numel() for p in model.parameters())
-    # There: PruneTorch(model, x).set_importance_evaluation_function(L1).set_node_reserved_ratio(0.5).prune(0.8)
+    # What set_node_reserved_ratio(0.5) and prune(0.8) of PruneTorch do with its importance, the mean of |w|.
     plan = fxslim.plan_pruning(
         model, X, at_most=0.8 * params, target="params", importance="conv_avg", max_ratio=0.5, round_to=16,
         skip=["0", "11"], strict=True,
