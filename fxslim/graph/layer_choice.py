@@ -32,6 +32,8 @@ def settings_by_layer(model: nn.Module, settings: Mapping[str | type, Setting], 
     >>> settings_by_layer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {nn.Linear: 0.5, "1": 0.25}, "overrides")
     {'0': 0.5, '1': 0.25}
     """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{argument} must be a dict of layers, got a {type(settings).__name__}")
     modules = dict(model.named_modules())
     found: dict[str, Setting] = {}
     for item, setting in settings.items():
@@ -47,4 +49,4 @@ def _matches(modules: Mapping[str, nn.Module], item: Any, argument: str) -> set[
     found = {name for name in modules if name == item or fnmatch.fnmatchcase(name, item)}
     if not found:
         raise ConfigError(f"{argument}: " + unknown_name("layer", item, modules))
-    return {name for name in modules if any(name == f or name.startswith(f + ".") for f in found)}
+    return {name for name in modules if any(name == f or not f or name.startswith(f + ".") for f in found)}

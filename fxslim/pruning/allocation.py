@@ -127,8 +127,8 @@ class Removals:
         raise PlanError(
             f"{asked} {goal.target} can't be reached: of {readable(goal.everything)} at least {readable(least)} stay, "
             f"at most {1 - least / goal.everything:.3f} can be removed from the {len(self.graph.groups)} free groups; "
-            "trace(model, inputs).report() shows what is frozen; raise max_ratio, name fewer layers in skip, "
-            "or ask for less"
+            "trace(model, inputs).report() shows what is frozen; raise max_ratio, lower round_to, "
+            "let more layers lose channels (layers=, skip=), or ask for less"
         )
 
 

@@ -33,7 +33,7 @@ class Target:
             raise ConfigError(unknown_name("target", self.name, TARGETS))
         if self.at_most is not None and self.ratio != 0.5:
             raise ConfigError(f"ratio={self.ratio} and at_most={self.at_most}: give ratio or at_most, not both")
-        if self.at_most is not None and (isinstance(self.at_most, bool) or not self.at_most > 0):
+        if self.at_most is not None and not _is_positive(self.at_most):
             raise ConfigError(f"at_most={self.at_most!r} must be a number above 0")
         if self.measure is not None and self.name != "latency":
             raise ConfigError(f"measure is what target='latency' counts, but target is {self.name!r}")
@@ -59,7 +59,7 @@ class Goal:
 
     def told(self, left: float) -> list[str]:
         """A note where a result misses it by more than one per cent of the whole."""
-        if abs(left - self.left) <= _MISSED * self.everything:
+        if self.left >= self.everything or abs(left - self.left) <= _MISSED * self.everything:
             return []
         return [
             f"{readable(self.left)} {self.target} were asked for, {readable(left)} are left: as near as whole "
@@ -74,6 +74,10 @@ def readable(number: float) -> str:
     ('1,234,567', '0.1235')
     """
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 class Budget(Protocol):
@@ -119,8 +123,8 @@ class MeasuredBudget:
         """What is measured for the model that keeps these channels."""
         key = np.packbits(kept).tobytes()
         if key not in self.known:
-            value = float(self.measure(kept))
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"measure(model) must return a positive, finite number, but returned {value}")
-            self.known[key] = value
+            value = self.measure(kept)
+            if not _is_positive(value) or value == float("inf"):
+                raise ConfigError(f"measure(model) must return a positive, finite number, but returned {value!r}")
+            self.known[key] = float(value)
         return self.known[key]

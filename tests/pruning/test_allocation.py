@@ -256,3 +256,11 @@ def test_what_was_missed_is_told() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1))
     plan = fxslim.plan_pruning(model, X, ratio=0.5)
     assert any("macs were asked for" in note and "as near as whole steps come" in note for note in plan.notes)
+
+
+def test_nothing_goes_where_the_budget_is_large_enough() -> None:
+    for settings in ({"ratio": 0.0}, {"at_most": 1e9}):
+        plan = fxslim.plan_pruning(Residual(), X, **settings)
+        assert plan.cuts == ()
+        assert plan.notes == ()
+    assert fxslim.plan_pruning(Residual(), X, ratio=0.0, overrides={"inside": 0.5}).notes == ()
