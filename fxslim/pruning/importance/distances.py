@@ -46,7 +46,7 @@ def squared_distances(vectors: Tensor) -> np.ndarray:
         products.addmm_(values, values.t())
     norms = products.diagonal()
     both = norms[:, None] + norms[None, :]
-    distances = both - 2 * products
-    distances = torch.where(distances <= NOTHING * both, 0.0, distances)
+    distances = torch.sub(both, products, alpha=2)
+    distances.masked_fill_(distances <= both.mul_(NOTHING), 0.0)
     # Symmetric, and rounded, so that equal distances are equal: the order of a product's terms is not ours.
     return ((distances + distances.t()) / 2).float().double().numpy()

@@ -26,9 +26,9 @@ def removal_order(distances: np.ndarray, fixed: np.ndarray) -> np.ndarray:
     >>> removal_order(near, np.zeros(3, dtype=bool)).tolist()
     [0, 1, 2]
     """
-    distances = distances.astype(np.float64)
+    distances = distances.astype(np.float32)
     np.fill_diagonal(distances, np.inf)
-    nearest, smallest = distances.argmin(1), distances.min(1)
+    nearest, smallest = _nearest(distances)
     smallest[fixed] = np.inf
     order = np.full(len(distances), len(distances) - 1, dtype=np.int64)
     left = ~fixed
@@ -39,8 +39,17 @@ def removal_order(distances: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         order[gone], left[gone] = number, False
         distances[:, gone] = np.inf
         again = np.flatnonzero(left & (nearest == gone))
-        nearest[again], smallest[again] = distances[again].argmin(1), distances[again].min(1)
+        nearest[again], smallest[again] = _nearest(distances[again])
     return order
+
+
+def _nearest(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of the smallest of each row, the last of equal ones, and itself.
+
+    The first of equal ones goes first, and then all that have it for their nearest must look again.
+    """
+    places = distances.shape[1] - 1 - distances[:, ::-1].argmin(1)
+    return places, distances[np.arange(len(distances)), places]
 
 
 def _shares(context: Context, holding: Holding, chosen: np.ndarray, distances: np.ndarray) -> np.ndarray:
