@@ -21,6 +21,8 @@ from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals
 from fxslim.pruning.importance import Importance, channel_scores
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
+from fxslim.pruning.repair.mending import repair_notes
+from fxslim.pruning.repair.settings import Repair, as_repair
 
 
 def plan_pruning(
@@ -36,6 +38,7 @@ def plan_pruning(
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    repair: str | Iterable[str] | Repair | None = None,
     seed: int = 0,
     train_inputs: Any = None,
 ) -> PruningPlan:
@@ -46,6 +49,7 @@ def plan_pruning(
     each head go instead: entry i of a head's queries with entry i of its keys, and entries of its values.
     Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
     ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
+    ``repair`` ("least_squares", "bn", both, or a ``Repair``) is what ``apply`` mends afterwards, from ``data`` too.
     ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
     plan to see what it does.
 
@@ -60,6 +64,7 @@ def plan_pruning(
     for name, value in (("ratio", ratio), ("max_ratio", max_ratio)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
             raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+    mended = as_repair(repair)
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
     batches = None if data is None else as_data(data, forward, loss)
@@ -72,7 +77,12 @@ def plan_pruning(
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
             plan = removal_plan(graph, kept, arrangement, inputs)
-            return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+            if train_inputs is not None:
+                plan = replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+            if mended is not None:
+                notes = (*plan.notes, *repair_notes(model, plan.cuts, mended))
+                plan = replace(plan, repair=mended, data=batches, notes=notes)
+            return plan
         graph = graph.without(model, arrangement)
 
 
