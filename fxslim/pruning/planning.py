@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Forward, Loss, as_data
+from fxslim.batches import Data, Forward, Loss, as_data
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
@@ -50,8 +50,7 @@ def plan_pruning(
     Criteria that look at activations or gradients read ``data``, batches that ``forward(model, batch)`` runs and
     ``loss(outputs, batch)`` scores: by default the first element is the input and the second the target.
     ``repair`` ("least_squares", "bn", both, or a ``Repair``) is what ``apply`` mends afterwards, from ``data`` too.
-    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets). Print the
-    plan to see what it does.
+    ``train_inputs`` are example inputs of train mode, where that needs others (a detector's targets).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -61,9 +60,7 @@ def plan_pruning(
     macs: 12,384 -> 6,192 (50.0% kept)
     params: 516 -> 260 (50.4% kept)
     """
-    for name, value in (("ratio", ratio), ("max_ratio", max_ratio)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
-            raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+    _check_fractions(ratio=ratio, max_ratio=max_ratio)
     mended = as_repair(repair)
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
@@ -76,19 +73,30 @@ def plan_pruning(
         kept = removals.kept_after(removals.count_for(ratio, target))
         arrangement = graph.arranger.arrange(kept)
         if isinstance(arrangement, Arrangement):
-            plan = removal_plan(graph, kept, arrangement, inputs)
-            if train_inputs is not None:
-                plan = replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
-            if mended is not None:
-                notes = (*plan.notes, *repair_notes(model, plan.cuts, mended))
-                plan = replace(plan, repair=mended, data=batches, notes=notes)
-            return plan
+            return _completed(removal_plan(graph, kept, arrangement, inputs), model, train_inputs, mended, batches)
         graph = graph.without(model, arrangement)
 
 
 def prune(model: nn.Module, inputs: Any, *, optimizer: Optimizer | None = None, **settings: Any) -> nn.Module:
     """``plan_pruning(...)`` and ``apply`` in one; the model is changed in place and returned."""
     return plan_pruning(model, inputs, **settings).apply(model, optimizer=optimizer)
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+            raise ConfigError(f"{name}={value!r} must be in [0, 1): the fraction removed")
+
+
+def _completed(
+    plan: PruningPlan, model: nn.Module, train_inputs: Any, repair: Repair | None, data: Data | None
+) -> PruningPlan:
+    """The plan with example inputs of train mode, a repair, and notes of what that leaves."""
+    if train_inputs is not None:
+        plan = replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+    if repair is None:
+        return plan
+    return replace(plan, repair=repair, data=data, notes=(*plan.notes, *repair_notes(model, plan.cuts, repair)))
 
 
 def _blocked(graph: ChannelGraph, model: nn.Module, skip: Iterable[str | type]) -> set[int]:
