@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Data, Forward, as_data
+from fxslim.batches import Data, Forward
 from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import ModelState
@@ -37,7 +37,7 @@ from fxslim.pruning.plan_fields import (
     unpack_scalings,
     unpack_sizes,
 )
-from fxslim.pruning.repair.mending import UNREPAIRED, Mending
+from fxslim.pruning.repair.mending import UNREPAIRED, Mending, given_data
 from fxslim.pruning.repair.settings import Repair, pack_repair, unpack_repair
 from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
@@ -153,8 +153,7 @@ class PruningPlan:
         """
         changes = Changes()
         try:
-            given = None if data is None else as_data(data, forward)
-            self.change_model(model, changes, optimizer, values=values, data=given)
+            self.change_model(model, changes, optimizer, values=values, data=given_data(data, forward))
             return model
         except BaseException:
             changes.undo()

@@ -4,7 +4,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ class LayerFit:
     cut: Cut
     columns: int
     taps: int
+
+    def by_channel(self) -> "LayerFit":
+        """The coarser fit of the same layer; itself where there is none."""
+        shape = self.layer.weight.shape
+        taps = taps_alike(self.cut, shape)
+        return replace(self, taps=taps, columns=math.prod(shape[1:]) // taps)
 
     @property
     def groups(self) -> int:
@@ -83,24 +89,21 @@ def find_fits(
         name, _, attribute = cut.name.rpartition(".")
         layer = modules.get(name)
         reason = _reason(layer, attribute, cut, uses)
+        if reason is None and layer is not None and layer.bias is not None:
+            own = states.get(f"{name}.bias".lstrip("."))
+            reason = None if own is layer.bias else "its bias is computed, or another layer's"
         if reason is None:
             assert isinstance(layer, Fitted)
             reason = _add_fit(fits, LayerFit(name=name, layer=layer, cut=cut, columns=0, taps=1), inputs, limit_bytes)
         if reason is not None:
             told[name if attribute == "weight" else cut.name] = reason
-    assert all(fit.cut.name in states for fit in fits)
     return fits, told
 
 
 def _reason(layer: nn.Module | None, attribute: str, cut: Cut, uses: Counter[int]) -> str | None:
     """Why a layer can't be refitted."""
     if not isinstance(layer, Fitted) or attribute != "weight":
-        kind = type(layer).__name__
-        if attribute.endswith(("_v", "original1", "original0", "original")):
-            return "its weight is computed from parameters"
-        return f"least squares knows Conv1d, Conv2d, Conv3d and Linear, not {kind}"
-    if "weight" not in layer._parameters or (layer.bias is not None and "bias" not in layer._parameters):
-        return "its weight or bias is computed from parameters"
+        return f"least squares knows Conv1d, Conv2d, Conv3d and Linear, not {type(layer).__name__}"
     if any(uses[id(p)] > 1 for p in (layer.weight, layer.bias) if p is not None):
         return "its weight or bias is shared with another layer"
     if not layer.weight.is_floating_point():
@@ -114,7 +117,7 @@ def _add_fit(fits: list[LayerFit], fit: LayerFit, inputs: str, limit_bytes: int)
     """Add the finest fit that the limit allows; a reason where it is coarser, or there is none."""
     shape = fit.layer.weight.shape
     needed = []
-    for taps in dict.fromkeys((1, _taps_alike(fit.cut, shape))):
+    for taps in dict.fromkeys((1, taps_alike(fit.cut, shape))):
         columns = math.prod(shape[1:]) // taps
         needed.append(sums_bytes(kept_columns(fit.cut, shape, taps), columns, inputs))
         if needed[-1] <= limit_bytes:
@@ -123,7 +126,7 @@ def _add_fit(fits: list[LayerFit], fit: LayerFit, inputs: str, limit_bytes: int)
     return f"its sums take {min(needed):,} bytes and limit_bytes is {limit_bytes:,}"
 
 
-def _taps_alike(cut: Cut, shape: Sequence[int]) -> int:
+def taps_alike(cut: Cut, shape: Sequence[int]) -> int:
     """How many neighbours in a weight always stay or go together: a kernel, or the pixels of a flattened channel."""
     if len(shape) > 2:
         return math.prod(shape[2:])

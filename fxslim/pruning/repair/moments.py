@@ -52,6 +52,31 @@ class Moments:
         inside = torch.stack([rows[:, columns] for rows, columns in zip(cross, index, strict=True)])
         return cls(kept=inside, cross=cross)
 
+    def by_channel(self, taps: int) -> "Moments":
+        """Those of channels, summed over their taps, which lie next to each other."""
+        return Moments(kept=_over_taps(self.kept, taps), cross=_over_taps(self.cross, taps))
+
+    @property
+    def num_rows(self) -> int:
+        return round(float(self.kept[0, -1, -1]))
+
+
+def _over_taps(products: Tensor, taps: int) -> Tensor:
+    """Entries of two channels at the same tap, summed; the ones count each tap.
+
+    >>> _over_taps(torch.arange(9.0).view(1, 3, 3), 2)
+    tensor([[[ 4.,  7.],
+             [13., 16.]]])
+    """
+    groups, rows, columns = (products.shape[0], products.shape[1] // taps, products.shape[2] // taps)
+    result = products.new_empty(groups, rows + 1, columns + 1)
+    inner = products[:, :-1, :-1].reshape(groups, rows, taps, columns, taps)
+    result[:, :-1, :-1] = inner.diagonal(dim1=2, dim2=4).sum(-1)
+    result[:, -1, :-1] = products[:, -1, :-1].view(groups, columns, taps).sum(-1)
+    result[:, :-1, -1] = products[:, :-1, -1].reshape(groups, rows, taps).sum(-1)
+    result[:, -1, -1] = taps * products[:, -1, -1]
+    return result
+
 
 def refitted(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, full-size in float64, whose kept columns give the outputs nearest to those of all columns.

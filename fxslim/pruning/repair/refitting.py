@@ -19,6 +19,8 @@ from fxslim.pruning.repair.moments import Moments, add_products, refitted
 from fxslim.pruning.repair.settings import Repair
 from fxslim.pruning.scaling import scaled_values
 
+# With fewer rows, least squares fits to their accidents: what it mends on them it breaks on others.
+ROWS_PER_UNKNOWN = 2
 NOT_CALLED = "no batch of data calls it as a layer"
 Values = dict[str, Tensor]
 
@@ -46,7 +48,7 @@ def refit_to_original(
         left |= listener.refused
         for fit in together:
             if fit.name in products and fit.name not in left:
-                values |= new_values(model, fit, Moments.of_original(products.pop(fit.name), fit.kept))
+                values |= new_values(fit, Moments.of_original(products.pop(fit.name), fit.kept), left)
             else:
                 left.setdefault(fit.name, NOT_CALLED)
     return values, left
@@ -73,7 +75,7 @@ def refit_in_order(
         found: Values = {}
         for fit in together:
             if fit.name in moments and fit.name not in left:
-                found |= new_values(model, fit, moments[fit.name])
+                found |= new_values(fit, moments[fit.name], left)
         values |= found
         for name, value in scaled_values(model, [one for one in scalings if one.name in found], found).items():
             with torch.no_grad():
@@ -116,8 +118,20 @@ def _moments_of_both(
     return {name: Moments(kept=kept[name], cross=cross[name]) for name in kept if name not in refused}, refused
 
 
-def new_values(model: nn.Module, fit: LayerFit, moments: Moments) -> Values:
-    """A layer's weight and bias, full-size in float64."""
+def new_values(fit: LayerFit, moments: Moments, told: dict[str, str]) -> Values:
+    """A layer's weight and bias, full-size in float64.
+
+    By channel where there is little data; none where there is too little for that.
+    """
+    rows, unknowns = moments.num_rows, fit.kept.shape[1]
+    coarse = fit.by_channel()
+    if rows < ROWS_PER_UNKNOWN * unknowns and fit.taps == 1 < coarse.taps:
+        fit, moments = coarse, moments.by_channel(coarse.taps)
+        told[fit.name] = f"fitted by channel: {rows} sampled rows are few for {unknowns} inputs; give more data"
+        unknowns = fit.kept.shape[1]
+    if rows < ROWS_PER_UNKNOWN * unknowns:
+        told[fit.name] = f"left: {rows} sampled rows are too few for {unknowns} inputs; give more data"
+        return {}
     weight, bias = fit.layer.weight.detach(), fit.layer.bias
     shaped = weight.reshape(fit.groups, -1, fit.columns, fit.taps)
     shaped_bias = None if bias is None else bias.detach().reshape(fit.groups, -1)
