@@ -95,7 +95,7 @@ def main() -> None:
     with torch.no_grad():
         whole = float((model(images[1200:]).argmax(1) == labels[1200:]).float().mean())
     rows = []
-    for num, ratio in ((1200, 0.3), (1200, 0.5), (1200, 0.7), (200, 0.7), (50, 0.7)):
+    for num, ratio in ((400, 0.3), (400, 0.5), (400, 0.7), (100, 0.7), (50, 0.7)):
         for name in REPAIRS:
             rows.append(row(model, images, labels, num, ratio, name))
             print(rows[-1], flush=True)

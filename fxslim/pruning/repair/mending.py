@@ -46,6 +46,11 @@ class Mending:
                 f"the plan repairs ({', '.join(repair.steps)}) and has no data, which plans don't keep in files: "
                 "apply(model, data=batches), or apply(model, values=False) and load a state"
             )
+        if isinstance(data.batches, Iterator) and repair.steps != (BN,):
+            raise ConfigError(
+                "repair reads data several times, and an iterator can be read once: "
+                "give a list of batches or a DataLoader"
+            )
         return cls(repair=repair, data=data)
 
     def weights(

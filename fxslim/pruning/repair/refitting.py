@@ -107,7 +107,8 @@ def _moments_of_both(
             again = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, batch)
             first.start_batch(number)
             second.start_batch(number)
-            with first.at(model, check=True):
+            # Both draw the same random numbers.
+            with first.at(model, check=True), torch.random.fork_rng():
                 data.forward(model, batch)
             with second.at(pruned):
                 data.forward(pruned, again)

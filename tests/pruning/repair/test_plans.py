@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,15 @@ def test_an_error_in_the_data_leaves_model_and_optimizer(repair: Repair) -> None
     nan = images()[0].clone()
     nan[3] = torch.inf
 
-    def ending():
-        yield images()[0]
-        raise OSError("the disk is gone")
+    class Ending:
+        def __iter__(self) -> Iterator[Tensor]:
+            yield images()[0]
+            raise OSError("the disk is gone")
 
     for data, kind, message in (
         ([images()[0], nan], CalibrationError, "reads NaN or infinity in batch 1 of data"),
-        (ending(), OSError, "the disk is gone"),
-        (iter(images()), ConfigError, "an iterator that was read before is empty: give a list or a DataLoader"),
+        (Ending(), OSError, "the disk is gone"),
+        (iter(images()), ConfigError, "an iterator can be read once: give a list of batches or a DataLoader"),
         ([], ConfigError, "data has no batches"),
         (images()[0], ConfigError, "not batches"),
         ([torch.ones(4, 3, 8, 8)], RuntimeError, "channels"),
