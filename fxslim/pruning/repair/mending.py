@@ -109,5 +109,5 @@ def _copied(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise UnsupportedLayerError(
             f"repair runs a pruned copy beside the model, which can't be copied ({type(error).__name__}: {error}): "
-            "give repair=Repair(steps=..., inputs='original')"
+            "give repair=fxslim.Repair(steps=..., inputs='original')"
         ) from error
