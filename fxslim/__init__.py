@@ -28,4 +28,5 @@ from fxslim.pruning.iterative import Pruner as Pruner
 from fxslim.pruning.planning import plan_pruning as plan_pruning
 from fxslim.pruning.planning import prune as prune
 from fxslim.pruning.pruning_plan import PruningPlan as PruningPlan
+from fxslim.pruning.repair.settings import Repair as Repair
 from fxslim.version import __version__ as __version__

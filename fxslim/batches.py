@@ -2,7 +2,7 @@
 """Batches of a user's data: how a model runs on one, and how its outputs are scored."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,30 @@ def as_data(data: Any, forward: Forward | None = None, loss: Loss | None = None)
     if not isinstance(data, Iterable):
         raise ConfigError(f"data must be an iterable of batches, got {_described(data)}")
     return Data(batches=data, forward=forward or run_batch, loss=loss or score_batch)
+
+
+class KeptBatches:
+    """Batches of an iterator that can be read only once, kept while they are read so that they can be read again."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self.source, self.seen = iter(source), list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from list(self.seen)
+        for batch in self.source:
+            self.seen.append(batch)
+            yield batch
+
+
+def repeatable(data: Data) -> Data:
+    """Data that can be read any number of times: planning may rank again where it learns more about the model.
+
+    >>> data = repeatable(Data(batches=iter([1, 2])))
+    >>> list(data), list(data)
+    ([1, 2], [1, 2])
+    """
+    once = isinstance(data.batches, Iterator)
+    return replace(data, batches=KeptBatches(data.batches)) if once else data
 
 
 def _described(value: Any) -> str:

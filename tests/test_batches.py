@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxslim.batches import Data, as_data
+from fxslim.batches import Data, as_data, repeatable
 from fxslim.errors import ConfigError
 
 MODEL = nn.Linear(3, 2)
@@ -65,3 +65,11 @@ def test_errors_name_what_was_given() -> None:
         as_data([X], loss=lambda outputs, batch: torch.zeros(2)).score(MODEL, X)
     with pytest.raises(ConfigError, match="loss of a batch is nan"):
         as_data([X], loss=lambda outputs, batch: outputs.sum() * float("nan")).score(MODEL, X)
+
+
+def test_an_iterator_is_kept_while_it_is_read() -> None:
+    data = repeatable(as_data(iter([X, X + 1])))
+    first = next(iter(data))
+    assert torch.equal(first, X)
+    assert [torch.equal(a, b) for a, b in zip(data, [X, X + 1], strict=True)] == [True, True]
+    assert len(list(data)) == 2

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Forward, Loss, as_data
+from fxslim.batches import Data, Forward, Loss, as_data, repeatable
 from fxslim.errors import ConfigError, PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
@@ -22,10 +22,11 @@ from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.allocation import Removals, within_groups
 from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget, Target
 from fxslim.pruning.importance.names import Criterion, channel_scores
-from fxslim.pruning.importance.samples import repeatable
 from fxslim.pruning.latency import forward_milliseconds
 from fxslim.pruning.layer_limits import Limits, Overrides, limits_of_groups, uneven_layers
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
+from fxslim.pruning.repair.mending import repair_notes
+from fxslim.pruning.repair.settings import Repair, as_repair
 
 
 def plan_pruning(
@@ -47,6 +48,7 @@ def plan_pruning(
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    repair: str | Iterable[str] | Repair | None = None,
     strict: bool = False,
     seed: int = 0,
     train_inputs: Any = None,
@@ -67,7 +69,8 @@ def plan_pruning(
     head's queries with entry i of its keys, and entries of its values.
     ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Some read
     ``data``: batches that ``forward(model, batch)`` runs, by default on the first element, and ``loss(outputs, batch)``
-    scores, with the second. ``train_inputs`` are inputs of train mode, where it needs others (a detector's targets).
+    scores, with the second. ``repair`` ("least_squares", "bn", both, or a ``Repair``) is what ``apply`` mends
+    afterwards, from ``data`` too. ``train_inputs`` are those of train mode, where it needs others (as a detector).
 
     >>> from torch import nn, randn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -83,6 +86,7 @@ def plan_pruning(
     )
     if scope not in ("global", "layer"):
         raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
+    mended = as_repair(repair)
     batches = None if data is None else repeatable(as_data(data, forward, loss))
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
@@ -99,7 +103,18 @@ def plan_pruning(
         except _Unarranged as problem:
             graph = graph.without(model, problem.conflict)
             continue
-        return plan if train_inputs is None else replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+        return _completed(plan, model, train_inputs, mended, batches)
+
+
+def _completed(
+    plan: PruningPlan, model: nn.Module, train_inputs: Any, repair: Repair | None, data: Data | None
+) -> PruningPlan:
+    """The plan with example inputs of train mode, a repair, and notes of what that leaves."""
+    if train_inputs is not None:
+        plan = replace(plan, train_inputs=tuple(as_inputs(train_inputs)))
+    if repair is None:
+        return plan
+    return replace(plan, repair=repair, data=data, notes=(*plan.notes, *repair_notes(model, plan.cuts, repair)))
 
 
 def _plan(

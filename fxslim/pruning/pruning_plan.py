@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxslim.batches import Data, Forward
 from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import ModelState
@@ -36,6 +37,8 @@ from fxslim.pruning.plan_fields import (
     unpack_scalings,
     unpack_sizes,
 )
+from fxslim.pruning.repair.mending import UNREPAIRED, Mending, given_data
+from fxslim.pruning.repair.settings import Repair, pack_repair, unpack_repair
 from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
 from fxslim.pruning.weight_masks import WeightMasks
@@ -80,6 +83,10 @@ class PruningPlan:
     inputs: tuple[Inputs, ...] = ()
     # The same for train mode, where it was given.
     train_inputs: tuple[Inputs, ...] = ()
+    # What apply mends afterwards.
+    repair: Repair | None = None
+    # Kept from planning, for the repair. Not saved.
+    data: Data | None = None
 
     @classmethod
     def from_masks(cls, model: nn.Module, inputs: Any, masks: WeightMasks) -> "PruningPlan":
@@ -127,38 +134,58 @@ class PruningPlan:
 
         return describe_cuts(self.cuts, self.shapes)
 
-    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        values: bool = True,
+        data: Iterable[Any] | None = None,
+        forward: Forward | None = None,
+    ) -> nn.Module:
         """Remove the channels, in place; returns the model. After any error the model is as it was.
 
         Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training goes on. Losses that
         were computed before can't be walked backward any more.
-        ``values=False`` changes shapes only and leaves the values to a state dict: constants are not folded.
-        A mask of this plan is taken away with its channels.
+        ``values=False`` changes shapes only and leaves the values to a state dict: constants are not folded, nothing
+        is repaired. A repair reads ``data`` by ``forward``, as in ``plan_pruning``; by default what the plan was made
+        with. A mask of this plan is taken away with its channels.
         """
         changes = Changes()
         try:
-            self.change_model(model, changes, optimizer, values=values)
+            self.change_model(model, changes, optimizer, values=values, data=given_data(data, forward))
             return model
         except BaseException:
             changes.undo()
             raise
 
     def change_model(
-        self, model: nn.Module, changes: Changes, optimizer: Optimizer | None = None, *, values: bool = True
+        self,
+        model: nn.Module,
+        changes: Changes,
+        optimizer: Optimizer | None = None,
+        *,
+        values: bool = True,
+        data: Data | None = None,
     ) -> None:
         """Cut the model, try its forward and note the plan; the caller takes ``changes`` back after an error."""
         model, names = self._names_in(model)
         cuts, mask = _renamed(self.cuts, names), self._own_mask(model, names)
+        mending = Mending.planned(self.repair, data, self.data) if values else None
         with torch.inference_mode(False):
             changes.on_undo(ModelState(model).restore)
-            surgery = Surgery(
-                model, cuts, optimizer, new_sizes=self.new_sizes, values=self._values(model, names) if values else None
-            )
+            start = self._values(model, names) if values else {}
+            if mending is not None:
+                start |= mending.weights(model, cuts, self.new_sizes, renamed_scalings(self.scalings, names), changes)
+            surgery = Surgery(model, cuts, optimizer, new_sizes=self.new_sizes, values=start)
             if mask is not None:
                 changes.make(functools.partial(mask.detach, model), functools.partial(mask.attach_again, model))
             surgery.commit(changes)
             self._try_forwards(model, changes)
-            remember_plan(model, self, changes)
+            if mending is not None:
+                mending.mend_norms(model, [surgery.states[name] for name in surgery.cuts], changes)
+            # Data stay out of the model: copies of it would copy them.
+            remember_plan(model, self if self.data is None else dataclasses.replace(self, data=None), changes)
             surgery.close_old_graphs(changes)
 
     def _try_forwards(self, model: nn.Module, changes: Changes) -> None:
@@ -251,11 +278,11 @@ class PruningPlan:
 
         ``at``: names and globs of modules whose outputs are compared too, such as a detector's heads, whose boxes
         are chosen afterwards. ``train_inputs`` are compared in train mode, without dropout.
-        A plan made from masks: what the model computes with the masked entries at 0.
+        A plan made from masks: what the model computes with the masked entries at 0. Without the plan's repair.
         """
         model, names = self._names_in(model)
         with torch.inference_mode(False):
-            return verify_cuts(
+            outcome = verify_cuts(
                 model,
                 _renamed(self.cuts, names),
                 inputs,
@@ -265,6 +292,9 @@ class PruningPlan:
                 at=at,
                 train_inputs=train_inputs,
             )
+        if self.repair is not None:
+            outcome = dataclasses.replace(outcome, notes=(*outcome.notes, UNREPAIRED))
+        return outcome
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
@@ -293,6 +323,8 @@ class PruningPlan:
                 "folds": [[fold.weight, fold.into] for fold in self.folds],
                 "inputs": describe_inputs(self.inputs),
             }
+        if self.repair is not None:
+            data["repair"] = pack_repair(self.repair)
         return data
 
     @classmethod
@@ -320,6 +352,7 @@ class PruningPlan:
                 zeros=None if masks is None else unpack_cuts(masks["zeros"], shapes),
                 folds=() if masks is None else unpack_folds(masks["folds"], shapes),
                 inputs=() if masks is None else described_inputs(masks["inputs"]),
+                repair=None if "repair" not in data else unpack_repair(data["repair"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches cut into samples, since a criterion of single samples must not let them cancel out; batches read again."""
+"""Batches cut into samples, since a criterion of single samples must not let them cancel out."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxslim.batches import Data
 from fxslim.errors import ConfigError
 
 
@@ -30,27 +28,3 @@ def single_samples(batch: Any) -> Iterator[Any]:
         )
     for i in range(sizes[0]):
         yield tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)  # noqa: B023
-
-
-class KeptBatches:
-    """Batches of an iterator that can be read only once, kept while they are read so that they can be read again."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        self.source, self.seen = iter(source), list[Any]()
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from list(self.seen)
-        for batch in self.source:
-            self.seen.append(batch)
-            yield batch
-
-
-def repeatable(data: Data) -> Data:
-    """Data that can be read any number of times: planning may rank again where it learns more about the model.
-
-    >>> data = repeatable(Data(batches=iter([1, 2])))
-    >>> list(data), list(data)
-    ([1, 2], [1, 2])
-    """
-    once = isinstance(data.batches, Iterator)
-    return replace(data, batches=KeptBatches(data.batches)) if once else data
