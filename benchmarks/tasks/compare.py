@@ -94,7 +94,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--criteria", nargs="+", default=["l2", "l1", "bn", "random"], help="the first is the baseline")
+    parser.add_argument(
+        "--criteria",
+        nargs="+",
+        default=["l2", "l1", "bn", "random"],
+        help="what importance= takes; +least_squares repairs too; the first is the baseline",
+    )
     parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--heads", choices=("whole", "dim"), default="whole")
@@ -121,7 +126,7 @@ def head(options: argparse.Namespace, settings: Settings) -> list[str]:
     images, generated (`benchmarks/tasks/`). Test accuracy in percent, mean of {n} trainings. Differences from
     {baseline} are paired by training, with 95 % intervals (Student's t, n = {n}; none for n = 1); a star marks those
     that exclude 0. Repaired: batch norms re-estimated on {settings.calibration:,} training images, the same that
-    criteria look at. Fine-tuned: repaired, then {settings.epochs:g} epochs."""
+    criteria look at; with `+least_squares` after that repair. Fine-tuned: repaired, then {settings.epochs:g} epochs."""
     if options.rivals:
         text += """ Torch-Pruning 1.6.1 (tp): its pruning_ratio is found by bisection to within 1 % of the macs (where
         its steps are coarser: the nearest that keeps more, up to 3 %). Of its settings, global or in each layer,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from benchmarks.tasks.candidates import Candidate, our_candidate
 from benchmarks.tasks.networks import NETWORKS
 from benchmarks.tasks.remembering import Memory, digest, model_digest
-from benchmarks.tasks.torch_pruning_rows import RIVALS, Candidate, rival_candidates
+from benchmarks.tasks.torch_pruning_rows import RIVALS, rival_candidates
 from benchmarks.tasks.training import Pictures, Recipe, accuracy, reestimate_norms, train
 
 TRAIN_SEED, TEST_SEED = 1, 2
@@ -82,7 +83,7 @@ class Contest:
             raise fxslim.FxslimError("none of its settings comes within 3 % of these macs")
         measured = []
         for candidate in candidates:
-            fixed = repaired(candidate.model, self.batches)
+            fixed = repaired(candidate, self.batches)
             measured.append((self.accuracy(fixed), candidate, fixed))
         best, candidate, fixed = max(measured, key=lambda found: found[0])
         return Score(
@@ -96,13 +97,10 @@ class Contest:
     def candidates(self, name: str, base: nn.Module, whole: int, seed: int) -> list[Candidate]:
         if name in RIVALS:
             return rival_candidates(name, base, EXAMPLE, self.batches, round(whole * (1 - self.settings.ratio)))
-        plan = fxslim.plan_pruning(
-            base, EXAMPLE, ratio=self.settings.ratio, importance=name, data=self.batches, heads=self.settings.heads,
-            seed=seed,
-        )  # fmt: skip
-        return [Candidate(settings="", model=plan.apply(copy.deepcopy(base)), macs=plan.macs[1])]
+        settings = self.settings
+        return [our_candidate(name, base, EXAMPLE, self.batches, ratio=settings.ratio, heads=settings.heads, seed=seed)]
 
 
-def repaired(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    """A copy, repaired without training, in the same way for every contestant: batch norms see the images again."""
-    return reestimate_norms(copy.deepcopy(model), batches)
+def repaired(candidate: Candidate, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """A copy, repaired without training: what its method mends, then batch norms see the images again, as for all."""
+    return reestimate_norms(copy.deepcopy(candidate.mended or candidate.model), batches)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from benchmarks.tasks.candidates import Candidate
 from benchmarks.tasks.networks import Attention
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -17,15 +18,6 @@ Batches = list[tuple[Tensor, Tensor]]
 SINGLE_IMAGES = 256
 # As close to the macs as the bisection tries to come, and as far off as is still compared.
 CLOSE, FAR = 0.01, 0.03
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A network that the rival pruned, under the settings that are named."""
-
-    settings: str
-    model: nn.Module
-    macs: int
 
 
 def _magnitude(model: nn.Module, batches: Batches) -> list[Tensor | None]:

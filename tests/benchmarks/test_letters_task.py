@@ -3,6 +3,7 @@
 
 import hashlib
 import math
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import fxslim
 from benchmarks.tasks import contest
+from benchmarks.tasks.candidates import our_candidate
 from benchmarks.tasks.compare import row
 from benchmarks.tasks.contest import Contest, Score, Settings
 from benchmarks.tasks.glyphs import BLOCK, CLASSES, LETTERS, letter_images
@@ -133,6 +135,18 @@ def test_a_rerun_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("train", "accuracy"):
         monkeypatch.setattr(contest, name, refuse)
     assert Contest(Memory(tmp_path), settings, 2 * BLOCK, BLOCK).score("l2", "resnet", 0) == first
+
+
+@pytest.mark.skipif("repair" not in signature(fxslim.plan_pruning).parameters, reason="plan_pruning does not repair")
+def test_a_repair_changes_weights_and_not_shapes() -> None:
+    torch.manual_seed(0)
+    model = NETWORKS["resnet"]().eval()
+    batches = Pictures.made(128, seed=1).batches(128)
+    found = our_candidate("l2+least_squares", model, contest.EXAMPLE, batches, ratio=0.5)
+    assert found.mended is not None
+    before, after = found.model.state_dict(), found.mended.state_dict()
+    assert {name: state.shape for name, state in before.items()} == {name: s.shape for name, s in after.items()}
+    assert model_digest(found.model) != model_digest(found.mended)
 
 
 def test_torch_pruning_comes_to_the_same_macs() -> None:
