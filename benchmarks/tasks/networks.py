@@ -84,11 +84,18 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4x4 pixels; the mean of all tokens is classified."""
+    """A token for each 4x4 pixels, made by two convolutions; the mean of all tokens is classified."""
 
     def __init__(self, width: int = 48, num_heads: int = 4, depth: int = 3) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
+        # Linear patches, as in the first ViTs, learn nothing in so few steps: 6.7 % after 1,172, where chance is 6.25 %.
+        self.patches = nn.Sequential(
+            *_conv_norm(3, width // 2, 3, stride=2),
+            nn.ReLU(),
+            *_conv_norm(width // 2, width, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
         self.positions = nn.Parameter(torch.randn(1, 64, width) * 0.1)
         self.blocks = nn.Sequential(*(TransformerBlock(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
