@@ -88,7 +88,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, width: int = 48, num_heads: int = 4, depth: int = 3) -> None:
         super().__init__()
-        # Linear patches, as in the first ViTs, learn nothing in so few steps: 6.7 % after 1,172, where chance is 6.25 %.
+        # From linear patches, as in the first ViTs, it is still at chance after 1,172 steps.
         self.patches = nn.Sequential(
             *_conv_norm(3, width // 2, 3, stride=2),
             nn.ReLU(),
