@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on disk, filed under what they were made from, so that a rerun continues and nothing stale is read."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fxslim.plan.file_writing import write_file
+
+SOURCES = ("glyphs.py", "networks.py", "training.py")
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:20]
+
+
+def source_digest() -> str:
+    """Of the code that makes images, networks and training; comments and formatting do not count."""
+    return digest(*(ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in SOURCES))
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of all weights and buffers, their shapes, and the numbers that modules keep as attributes."""
+    found = hashlib.sha256()
+    for name, state in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(state.shape)} {state.dtype}".encode())
+        found.update(state.detach().cpu().contiguous().numpy().tobytes())
+    for name, module in model.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float, tuple)}
+        found.update(f"{name} {type(module).__name__} {sorted(numbers.items())}".encode())
+    return found.hexdigest()[:20]
+
+
+class Memory:
+    """A folder of numbers and of weights; each is made once and written whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def number(self, key: str, make: Callable[[], float]) -> float:
+        path = self.folder / f"{key}.json"
+        if not path.exists():
+            text = json.dumps(make())
+            write_file(path, lambda temporary: temporary.write_text(text))
+        return float(json.loads(path.read_text()))
+
+    def weights(self, key: str, model: nn.Module, make: Callable[[nn.Module], object]) -> nn.Module:
+        """The model with the weights that ``make`` gave it, now or in an earlier run."""
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            make(model)
+            states = {name: state.contiguous() for name, state in model.state_dict().items()}
+            write_file(path, lambda temporary: save_file(states, temporary))
+        model.load_state_dict(load_file(path))
+        return model.eval()
