@@ -30,7 +30,7 @@ READ_DATA = ["taylor", "fisher", "hessian", "apoz", "mean_activation", "reconstr
 
 
 def planned(importance: Any, model: nn.Module | None = None, **settings: Any) -> fxslim.PruningPlan:
-    return fxslim.plan_pruning(model or small(), X, ratio=0.3, importance=importance, **settings)
+    return fxslim.plan_pruning(model or small(), X, importance=importance, **{"ratio": 0.3, **settings})
 
 
 @pytest.mark.parametrize("name", READ_DATA)
@@ -57,9 +57,9 @@ def test_weights_that_are_no_numbers(name: str) -> None:
         layer.weight.view(-1)[0] = torch.nan
     if name == "dnn":
         model = model.append(nn.ReLU()).append(nn.Linear(5, 4))
-    skip = [nn.Conv2d] if name == "dnn" else []
+    settings = {"skip": [nn.Conv2d], "target": "channels", "ratio": 0.05} if name == "dnn" else {}
     with pytest.raises(ConfigError, match=r"NaN or infinit|loss of a batch is nan"):
-        planned(name, model, data=DATA, skip=skip)
+        planned(name, model, data=DATA, **settings)
 
 
 class Positions(Importance):
