@@ -48,5 +48,5 @@ def _matches(modules: Mapping[str, nn.Module], item: Any, argument: str) -> set[
         raise ConfigError(f"{argument} takes names, globs and types of layers, got {item!r}")
     found = {name for name in modules if name == item or fnmatch.fnmatchcase(name, item)}
     if not found:
-        raise ConfigError(f"{argument}: " + unknown_name("layer", item, modules))
+        raise ConfigError(f"{argument}: " + unknown_name("layer", item, filter(None, modules)))
     return {name for name in modules if any(name == f or not f or name.startswith(f + ".") for f in found)}

@@ -44,7 +44,7 @@ class Mending:
         if data is None:
             raise PlanError(
                 f"the plan repairs ({', '.join(repair.steps)}) and has no data, which plans don't keep in files: "
-                "apply(model, data=batches), or apply(model, values=False) and load a state"
+                "give data= when planning or apply(model, data=batches), or apply(model, values=False) and load a state"
             )
         return cls(repair=repair, data=data)
 
