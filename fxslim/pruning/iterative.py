@@ -12,15 +12,16 @@ from fxslim.pruning.importance.criterion import Context, Importance
 from fxslim.pruning.importance.names import Criterion, channel_scores
 from fxslim.pruning.planning import plan_pruning
 from fxslim.pruning.pruning_plan import PruningPlan
-from fxslim.schedules import Schedule
+from fxslim.schedules import Schedule, schedule_from_dict
 
 
 class Pruner:
     """Call ``step()`` after each step of the optimizer; the schedule's value is the fraction of the target removed.
 
     Until its end the model is masked: it keeps its shapes and computes what the pruned one would. Then the channels
-    are removed, parameters stay the same objects and the optimizer goes on. ``settings`` are those of
-    ``plan_pruning``. What was masked stays masked.
+    are removed, parameters stay the same objects and the optimizer goes on. What was masked stays masked.
+    ``schedule`` may be a name too ("agp", "linear", "cosine", "constant" for one shot) with ``ratio`` and ``steps``.
+    ``settings`` are those of ``plan_pruning``.
 
     >>> import torch
     >>> from fxslim.schedules import AGPSchedule
@@ -36,15 +37,17 @@ class Pruner:
         self,
         model: nn.Module,
         inputs: Any,
-        schedule: Schedule,
+        schedule: Schedule | str,
         *,
+        ratio: float | None = None,
+        steps: int | None = None,
         optimizer: Optimizer | None = None,
         importance: Criterion = "l2",
         **settings: Any,
     ) -> None:
-        for name in ("ratio", "at_most"):
-            if name in settings:
-                raise ConfigError(f"{name}={settings[name]!r}: the schedule's end ({schedule.end}) is what is removed")
+        schedule = _as_schedule(schedule, ratio, steps)
+        if "at_most" in settings:
+            raise ConfigError(f"at_most: the schedule's end ({schedule.end}) is the fraction that is removed")
         if not 0 <= schedule.start <= schedule.end < 1:
             raise ConfigError(f"the schedule must rise inside of [0, 1), not from {schedule.start} to {schedule.end}")
         self.model, self.inputs, self.schedule, self.optimizer = model, inputs, schedule, optimizer
@@ -123,6 +126,19 @@ class Pruner:
             self._mask(plan)
         self.plan, self.steps_done, self.finished = plan, state["steps_done"], state["finished"]
         return self
+
+
+def _as_schedule(schedule: Schedule | str, ratio: float | None, steps: int | None) -> Schedule:
+    given = [f"{name}={value}" for name, value in (("ratio", ratio), ("steps", steps)) if value is not None]
+    if isinstance(schedule, Schedule):
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)}: the schedule has its own, end={schedule.end} and steps={schedule.steps}"
+            )
+        return schedule
+    if steps is None:
+        raise ConfigError(f"schedule={schedule!r} needs steps=: after how many calls of step() its end is reached")
+    return schedule_from_dict({"name": schedule, "end": 0.5 if ratio is None else ratio, "steps": steps})
 
 
 class _Before(Importance):

@@ -82,6 +82,16 @@ def test_masks_grow_and_then_channels_go(kind: str, schedule: Any) -> None:
     assert after[-1] < losses[0]
 
 
+def test_a_schedule_has_a_name() -> None:
+    model, other = net(), net()
+    named = Pruner(model, X[:1], "linear", ratio=0.4, steps=4)
+    made = Pruner(other, X[:1], LinearSchedule(end=0.4, steps=4))
+    while not made.finished:
+        assert named.step() == made.step()
+    assert named.finished
+    assert torch.equal(model(X), other(X))
+
+
 def test_one_shot_is_plan_and_apply() -> None:
     model, other = net(), net()
     pruner = Pruner(model, X[:1], ConstantSchedule(end=0.5, begin=0))
@@ -142,8 +152,14 @@ def test_a_criterion_that_does_not_see_zeros_keeps_what_was_masked() -> None:
 
 def test_errors_come_before_the_training() -> None:
     schedule = AGPSchedule(end=0.5, steps=3)
-    with pytest.raises(ConfigError, match=r"ratio=0.3: the schedule's end \(0.5\)"):
+    with pytest.raises(ConfigError, match=r"ratio=0.3: the schedule has its own, end=0.5 and steps=3"):
         Pruner(net(), X[:1], schedule, ratio=0.3)
+    with pytest.raises(ConfigError, match=r"at_most: the schedule's end \(0.5\)"):
+        Pruner(net(), X[:1], schedule, at_most=1000)
+    with pytest.raises(ConfigError, match="unknown schedule 'apg'; did you mean 'agp'"):
+        Pruner(net(), X[:1], "apg", steps=3)
+    with pytest.raises(ConfigError, match="schedule='agp' needs steps="):
+        Pruner(net(), X[:1], "agp", ratio=0.5)
     with pytest.raises(ConfigError, match="must rise inside of"):
         Pruner(net(), X[:1], AGPSchedule(end=1.0, steps=3))
     with pytest.raises(PlanError, match="can't be reached"):
