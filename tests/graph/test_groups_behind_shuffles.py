@@ -45,7 +45,7 @@ def test_channels_stay_in_their_groups(name: str) -> None:
     for seed in range(24):
         model, x = network(name, seed)
         try:
-            plan = fxslim.plan_pruning(model, x, ratio=0.3, importance="random", seed=seed)
+            plan = fxslim.plan_pruning(model, x, ratio=0.5, importance="random", seed=seed)
         except fxslim.PlanError:
             continue
         removed += any("conv." in cut.name for cut in plan.cuts)
