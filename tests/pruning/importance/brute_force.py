@@ -67,12 +67,13 @@ def aggregated(
                     whole = sum(v for v, _ in all_values) / (
                         sum(n for _, n in all_values) if per_entry else len(all_values)
                     )
-                    mine = mine / (entries if per_entry else 1) / whole
+                    # A layer that says nothing (all its neurons dead) stays at 0.
+                    mine = mine / (entries if per_entry else 1) / (whole or 1.0)
                 elif normalize == "minmax":
                     low, high = min(v for v, _ in all_values), max(v for v, _ in all_values)
-                    mine = (mine - low) / (high - low)
+                    mine = (mine - low) / ((high - low) or 1.0)
                 elif normalize == "max":
-                    mine = mine / max(v for v, _ in all_values)
+                    mine = mine / (max(v for v, _ in all_values) or 1.0)
                 terms.append(mine)
             scores.append(sum(terms) / (1 if total else len(terms)))
         result[name] = np.array(scores)
