@@ -130,12 +130,3 @@ class Removals:
             "trace(model, inputs).report() shows what is frozen; raise max_ratio, lower round_to, "
             "let more layers lose channels (layers=, skip=), or ask for less"
         )
-
-
-def within_groups(graph: ChannelGraph, scores: np.ndarray) -> np.ndarray:
-    """Scores that let every group lose the same share: the place of a channel in its own group."""
-    places = scores.copy()
-    for group in graph.groups:
-        order = np.lexsort((group.channels, scores[group.channels]))
-        places[group.channels[order]] = (np.arange(len(group)) + 0.5) / len(group)
-    return places

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planning: which channels go. ``plan_pruning`` decides, ``prune`` also applies."""
+"""Planning: which channels go. ``plan_pruning`` decides, ``prune`` also applies.
+
+>>> from torch import nn, randn
+>>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+>>> print(plan_pruning(net, randn(1, 3, 8, 8), ratio=0.5))
+group   before   after  layers
+0            8       4       2
+macs: 12,384 -> 6,192 (50.0% kept)
+params: 516 -> 260 (50.4% kept)
+"""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -11,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.batches import Data, Forward, Loss, as_data, repeatable
-from fxslim.errors import ConfigError, PlanError, unknown_name
+from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.inputs import as_inputs
 from fxslim.graph.layer_choice import Chosen
@@ -19,12 +28,13 @@ from fxslim.graph.propagation import Conflict
 from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.allocation import Removals, within_groups
+from fxslim.pruning.allocation import Removals
 from fxslim.pruning.budgets import Budget, CostBudget, MeasuredBudget, Target
-from fxslim.pruning.importance.names import Criterion, channel_scores
+from fxslim.pruning.importance.names import Criterion
 from fxslim.pruning.latency import forward_milliseconds
 from fxslim.pruning.layer_limits import Limits, Overrides, limits_of_groups, uneven_layers
 from fxslim.pruning.pruning_plan import GroupRow, PruningPlan
+from fxslim.pruning.ranking import Ranking
 from fxslim.pruning.repair.mending import repair_notes
 from fxslim.pruning.repair.settings import Repair, as_repair
 
@@ -53,57 +63,37 @@ def plan_pruning(
     seed: int = 0,
     train_inputs: Any = None,
 ) -> PruningPlan:
-    """Decide which channels to remove so that ``ratio`` of the target (macs, params, channels, bitops, latency) goes.
+    """Decide which channels go so that ``ratio`` of ``target`` is removed; the model is not touched (docs/pruning.md).
 
-    The model is not touched. Print the plan to see what it does.
-
-    ``at_most`` is an absolute budget in place of ``ratio``. Latency is what ``measure(model)`` returns for a pruned
-    copy, by default the milliseconds of a forward on the example inputs.
-    ``scope="global"`` ranks all channels together; with ``"layer"`` every group loses the same share.
-    Only ``layers`` lose outputs, those of ``skip`` stay whole, each a name, a glob, a type or several; the model's own
-    output stays by itself. ``overrides`` maps layers to the fraction of their channels to remove, or to a dict of
-    ``ratio``, ``max_ratio`` and ``round_to``; later keys replace earlier ones. No layer loses more than ``max_ratio``
-    or its last channel, and what it keeps is a multiple of ``round_to``. ``strict`` leaves channels that more than one
-    layer reads, and raises where ``layers`` names one that makes such.
-    Attention loses whole heads; with ``heads="dim"`` equally many entries of each head go instead: entry i of a
-    head's queries with entry i of its keys, and entries of its values.
-    ``importance`` is a name, an instance such as ``Taylor(form="squared")`` or a function (docs/pruning.md). Some read
-    ``data``: batches that ``forward(model, batch)`` runs, by default on the first element, and ``loss(outputs, batch)``
-    scores, with the second. ``repair`` ("least_squares", "bn", both, or a ``Repair``) is what ``apply`` mends
-    afterwards, from ``data`` too. ``train_inputs`` are those of train mode, where it needs others (as a detector).
-
-    >>> from torch import nn, randn
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    >>> print(plan_pruning(net, randn(1, 3, 8, 8), ratio=0.5))
-    group   before   after  layers
-    0            8       4       2
-    macs: 12,384 -> 6,192 (50.0% kept)
-    params: 516 -> 260 (50.4% kept)
+    ``target``: macs, params, channels, bitops, or latency as ``measure(model)`` gives it; ``at_most``: a budget instead.
+    ``importance``: a name, an instance or a function; ``scope="layer"`` takes the same share of every group.
+    Only ``layers`` lose outputs, ``skip`` stays whole, ``overrides`` maps layers to a ratio or a dict of limits: names,
+    globs, types. ``strict`` leaves channels that several layers read. ``heads``: whole heads go, or ("dim") entries.
+    ``data``: batches that ``forward(model, batch)`` runs and ``loss(outputs, batch)`` scores, for criteria that look
+    at them and for ``repair`` ("bn", "least_squares" or both), which ``apply`` does afterwards.
+    ``train_inputs``: example inputs of train mode, where it needs others (as a detector).
     """
     wished = Target(ratio=ratio, name=target, at_most=at_most, measure=measure)
-    limits = Limits(
-        layers=layers, skip=skip, overrides=overrides, max_ratio=max_ratio, round_to=round_to, strict=strict
-    )
-    if scope not in ("global", "layer"):
-        raise ConfigError(unknown_name("scope", scope, ("global", "layer")))
-    mended = as_repair(repair)
+    user = Limits(layers=layers, skip=skip, overrides=overrides, max_ratio=max_ratio, round_to=round_to, strict=strict)
     batches = None if data is None else repeatable(as_data(data, forward, loss))
+    ranking, mended = Ranking(importance=importance, scope=scope, seed=seed, data=batches), as_repair(repair)
     model = without_compile_wrapper(model)
     graph = trace(model, inputs, heads=heads, train_inputs=train_inputs)
-    if not graph.groups and (ratio > 0 or at_most is not None):
+    plan = _settled(graph, model, inputs, wished, user, ranking)
+    return _completed(plan, model, train_inputs, mended, batches)
+
+
+def _settled(
+    graph: ChannelGraph, model: nn.Module, inputs: Any, wished: Target, user: Limits, ranking: Ranking
+) -> PruningPlan:
+    """The plan, once the graph has given up what no arrangement of channels allows."""
+    if not graph.groups and (wished.ratio > 0 or wished.at_most is not None):
         raise PlanError(f"no channels can be removed:\n{graph.report()}")
-
-    def scores(of: ChannelGraph, skipped: list[int]) -> np.ndarray:
-        found = channel_scores(of, model, importance, seed, batches, skipped)
-        return within_groups(of, found) if scope == "layer" else found
-
     while True:
         try:
-            plan = _plan(graph, model, inputs, wished, limits, scores, cheap_first=batches is not None)
+            return _plan(graph, model, inputs, wished, user, ranking)
         except _Unarranged as problem:
             graph = graph.without(model, problem.conflict)
-            continue
-        return _completed(plan, model, train_inputs, mended, batches)
 
 
 def _completed(
@@ -118,24 +108,19 @@ def _completed(
 
 
 def _plan(
-    graph: ChannelGraph,
-    model: nn.Module,
-    inputs: Any,
-    wished: Target,
-    user: Limits,
-    scores: Callable[[ChannelGraph, list[int]], np.ndarray],
-    *,
-    cheap_first: bool,
+    graph: ChannelGraph, model: nn.Module, inputs: Any, wished: Target, user: Limits, ranking: Ranking
 ) -> PruningPlan:
     """The plan that this graph allows."""
     limits = limits_of_groups(graph, model, user)
     budget = _budget(graph, model, inputs, wished)
     goal = wished.goal(budget.left(np.ones(len(graph.resolved.classes), dtype=bool)))
-    if cheap_first:
+    if ranking.data is not None:
         # Before any work with data: whether it can be reached at all.
         Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
     stay = [group.channels for group, limit in zip(graph.groups, limits, strict=True) if limit.stays]
-    kept = Removals(graph, scores(graph, np.concatenate(stay).tolist() if stay else []), limits).kept_for(goal, budget)
+    kept = Removals(
+        graph, ranking.scores(graph, model, np.concatenate(stay).tolist() if stay else []), limits
+    ).kept_for(goal, budget)
     plan = removal_plan(graph, kept, _arranged(graph, kept), inputs)
     return replace(plan, notes=(*plan.notes, *goal.told(budget.left(kept)), *uneven_layers(graph, limits, kept)))
 

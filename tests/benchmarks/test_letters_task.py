@@ -3,7 +3,6 @@
 
 import hashlib
 import math
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +136,6 @@ def test_a_rerun_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert Contest(Memory(tmp_path), settings, 2 * BLOCK, BLOCK).score("l2", "resnet", 0) == first
 
 
-@pytest.mark.skipif("repair" not in signature(fxslim.plan_pruning).parameters, reason="plan_pruning does not repair")
 def test_a_repair_changes_weights_and_not_shapes() -> None:
     torch.manual_seed(0)
     model = NETWORKS["resnet"]().eval()
