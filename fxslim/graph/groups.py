@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups: channels of several layers that can only be removed together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +97,19 @@ class ResolvedLabels:
                     slots[i].append(slot)
         parts = zip(_names(slots), members, slots, strict=True)
         return [ChannelGroup(name=name, channels=m, slots=tuple(mine)) for name, m, mine in parts]
+
+
+def free_channels(groups: Sequence[ChannelGroup]) -> Ids:
+    """The classes of all groups, group by group."""
+    return np.concatenate([group.channels for group in groups] or [np.zeros(0, dtype=np.int64)])
+
+
+def group_numbers(groups: Sequence[ChannelGroup]) -> Ids:
+    """For each class of channels, up to the last free one, which group it is in (0 where none)."""
+    numbers = np.zeros(1 + int(free_channels(groups).max(initial=0)), dtype=np.int64)
+    for i, group in enumerate(groups):
+        numbers[group.channels] = i
+    return numbers
 
 
 def _names(slots: list[list[Slot]]) -> list[str]:

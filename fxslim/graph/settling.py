@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fxslim.graph.groups import ResolvedLabels
+from fxslim.graph.groups import ResolvedLabels, free_channels
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
 from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
@@ -115,8 +115,7 @@ class Arranger:
         """A random half of what each group can lose."""
         resolved, groups = self.resolved, self.resolved.groups()
         random = np.random.default_rng(0)
-        candidates = np.concatenate([group.channels for group in groups] or [np.zeros(0, dtype=np.int64)])
-        steps = removal_steps(random.permutation(candidates), resolved.frozen, resolved.balances)
+        steps = removal_steps(random.permutation(free_channels(groups)), resolved.frozen, resolved.balances)
         keep = np.ones(len(resolved.classes), dtype=bool)
         keep[affordable(steps, groups, [len(group) // 2 for group in groups]).channels] = False
         outcome = self.arrange(keep)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxslim.graph.groups import ChannelGroup
+from fxslim.graph.groups import ChannelGroup, group_numbers
 from fxslim.graph.labels import Ids
 
 
@@ -87,10 +87,7 @@ def _balanced_sets(ranked: list[int], free: list[bool], balances: list[Ids]) -> 
 
 def affordable(steps: Steps, groups: Sequence[ChannelGroup], left: Sequence[int]) -> Steps:
     """The steps that can be made one after the other while group i has ``left[i]`` channels to lose."""
-    group_of = np.zeros(1 + max((int(group.channels.max()) for group in groups), default=0), dtype=np.int64)
-    for i, members in enumerate(groups):
-        group_of[members.channels] = i
-    made_by, budget = group_of[steps.channels], np.array(left, dtype=np.int64)
+    made_by, budget = group_numbers(groups)[steps.channels], np.array(left, dtype=np.int64)
     # A group that loses one channel at a time can make its first steps.
     alone, first = steps.sizes == 1, steps.starts[:-1]
     chosen = np.zeros(len(steps), dtype=bool)

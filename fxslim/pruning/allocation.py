@@ -7,6 +7,7 @@ import numpy as np
 
 from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph
+from fxslim.graph.groups import free_channels, group_numbers
 from fxslim.graph.steps import affordable, removal_steps
 from fxslim.pruning.budgets import Budget, Goal, readable
 from fxslim.pruning.layer_limits import GroupLimit
@@ -23,15 +24,12 @@ class Removals:
         self, graph: ChannelGraph, scores: np.ndarray, limits: Sequence[GroupLimit], blocked: Collection[int] = ()
     ) -> None:
         self.graph, self.limits = graph, limits
-        self._group_of = np.zeros(len(graph.resolved.classes), dtype=np.int64)
-        for i, group in enumerate(graph.groups):
-            self._group_of[group.channels] = i
         frozen, late = graph.resolved.frozen.copy(), np.ones(len(scores), dtype=bool)
         for group, limit in zip(graph.groups, limits, strict=True):
             frozen[group.channels] |= limit.stays
             late[group.channels] = not limit.exactly
         frozen[list(blocked)] = True
-        candidates = np.concatenate([g.channels for g in graph.groups] or [np.zeros(0, dtype=np.int64)])
+        candidates = free_channels(graph.groups)
         candidates = candidates[~frozen[candidates]]
         ranked = candidates[np.lexsort((candidates, scores[candidates], late[candidates]))]
         steps = removal_steps(ranked, frozen, graph.resolved.balances)
@@ -109,7 +107,7 @@ class Removals:
 
     def _tied_to(self, step: int) -> np.ndarray:
         """Steps that remove channels of the same groups."""
-        made_by = self._group_of[self.steps.channels]
+        made_by = group_numbers(self.graph.groups)[self.steps.channels]
         touched = np.zeros(len(self.graph.groups), dtype=bool)
         touched[made_by[self.steps.numbers == step]] = True
         found = np.zeros(len(self.steps), dtype=bool)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxslim.errors import ConfigError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
+from fxslim.graph.groups import free_channels
 from fxslim.graph.slots import SlotKey
 from fxslim.pruning.layer_limits import check_fraction
 
@@ -92,7 +93,7 @@ class CostBudget:
 
     def __init__(self, graph: ChannelGraph, target: str) -> None:
         self.graph, self.target = graph, target
-        self.free = np.concatenate([group.channels for group in graph.groups] or [np.zeros(0, dtype=np.int64)])
+        self.free = free_channels(graph.groups)
         removable = np.zeros(len(graph.resolved.classes), dtype=bool)
         removable[self.free] = True
         # Many slots hold the same channels: a share for all of them.

@@ -65,7 +65,7 @@ def plan_pruning(
 ) -> PruningPlan:
     """Decide which channels go so that ``ratio`` of ``target`` is removed; the model is not touched (docs/pruning.md).
 
-    ``target``: macs, params, channels, bitops, or latency as ``measure(model)`` gives it; ``at_most``: a budget instead.
+    ``target``: macs, params, channels, bitops, or latency as ``measure(model)`` gives it; ``at_most``: a budget.
     ``importance``: a name, an instance or a function; ``scope="layer"`` takes the same share of every group.
     Only ``layers`` lose outputs, ``skip`` stays whole, ``overrides`` maps layers to a ratio or a dict of limits: names,
     globs, types. ``strict`` leaves channels that several layers read. ``heads``: whole heads go, or ("dim") entries.
@@ -118,9 +118,8 @@ def _plan(
         # Before any work with data: whether it can be reached at all.
         Removals(graph, np.zeros(len(graph.resolved.classes)), limits).check_reachable(goal, budget)
     stay = [group.channels for group, limit in zip(graph.groups, limits, strict=True) if limit.stays]
-    kept = Removals(
-        graph, ranking.scores(graph, model, np.concatenate(stay).tolist() if stay else []), limits
-    ).kept_for(goal, budget)
+    scores = ranking.scores(graph, model, np.concatenate(stay).tolist() if stay else [])
+    kept = Removals(graph, scores, limits).kept_for(goal, budget)
     plan = removal_plan(graph, kept, _arranged(graph, kept), inputs)
     return replace(plan, notes=(*plan.notes, *goal.told(budget.left(kept)), *uneven_layers(graph, limits, kept)))
 

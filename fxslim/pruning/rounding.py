@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxslim.graph.groups import ChannelGroup
+from fxslim.graph.groups import ChannelGroup, group_numbers
 from fxslim.graph.steps import Steps
 
 
@@ -16,10 +16,7 @@ def in_allowed_counts(steps: Steps, groups: Sequence[ChannelGroup], allowed: Seq
     """
     if all(counts[1:].all() for counts in allowed):
         return steps
-    group_of = np.zeros(1 + max((int(group.channels.max()) for group in groups), default=0), dtype=np.int64)
-    for i, group in enumerate(groups):
-        group_of[group.channels] = i
-    all_sizes, numbers, made_by = steps.sizes.tolist(), steps.numbers, group_of[steps.channels]
+    all_sizes, numbers, made_by = steps.sizes.tolist(), steps.numbers, group_numbers(groups)[steps.channels]
     party = _parties(len(groups), numbers, made_by)
     kept = [len(group) for group in groups]
     wrong = [0] * len(groups)
