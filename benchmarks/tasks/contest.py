@@ -19,7 +19,7 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 RECIPES = {
     "resnet": Recipe(epochs=3, rate=4e-3),
     "mobilenet": Recipe(epochs=2.5, rate=4e-3),
-    "vit": Recipe(epochs=2.5, rate=1.5e-3),
+    "vit": Recipe(epochs=5, rate=1.5e-3),
 }
 
 
