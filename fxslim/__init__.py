@@ -2,6 +2,7 @@
 """fxslim makes a PyTorch model smaller and faster and keeps it a PyTorch model."""
 
 from fxslim import kernels as kernels
+from fxslim import patterns as patterns
 from fxslim import schedules as schedules
 from fxslim.checkpoint.model_files import load as load
 from fxslim.checkpoint.model_files import read_extras as read_extras
