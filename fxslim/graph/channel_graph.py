@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_map
 
 import fxslim.graph.rules as _registered  # noqa: F401
 from fxslim.errors import ConfigError, TraceError, unknown_name
+from fxslim.graph.conflicts import Conflict, Decisions
 from fxslim.graph.cost import Cost
 from fxslim.graph.freeze_report import tell_freezes
 from fxslim.graph.groups import ChannelGroup, ResolvedLabels
 from fxslim.graph.inputs import Inputs, as_inputs
-from fxslim.graph.propagation import Conflict, Decisions
 from fxslim.graph.recording import Recording, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.settling import Arranger, settle

@@ -4,14 +4,14 @@
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx, nn
 
-from fxslim.errors import TraceError
 from fxslim.graph.computed_layers import find_computed_layers
+from fxslim.graph.conflicts import Conflict, Decisions
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
@@ -68,49 +68,6 @@ def _is_transposed(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conflict:
-    """Why a choice of channels does not work, and what to give up for it."""
-
-    reason: str
-    tied: frozenset[fx.Node] = frozenset()
-    whole: tuple[fx.Node, ...] = ()
-    single: tuple[fx.Node, ...] = ()
-    even: tuple[tuple[fx.Node, fx.Node], ...] = ()
-    narrow: frozenset[fx.Node] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """What was given up: pairs of a part and a view that shuffles, where each part of each row keeps as many entries
-    as the others; views whose rows lose the very same entries; values that keep all their channels; those that are
-    one head for several others; and views that make heads, which stay and get narrower.
-
-    ``heads``: whether attention loses whole heads or entries of each head ("dim").
-    """
-
-    heads: str = "whole"
-    even: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
-    tied: frozenset[fx.Node] = frozenset()
-    whole: dict[fx.Node, str] = field(default_factory=dict)
-    single: frozenset[fx.Node] = frozenset()
-    narrow: frozenset[fx.Node] = frozenset()
-
-    def after(self, *conflicts: Conflict) -> "Decisions":
-        """These and what conflicts ask for."""
-        more = Decisions(
-            heads=self.heads,
-            even=self.even.union(*(conflict.even for conflict in conflicts)),
-            tied=self.tied.union(*(conflict.tied for conflict in conflicts)),
-            single=self.single.union(*(conflict.single for conflict in conflicts)),
-            whole={node: conflict.reason for conflict in conflicts for node in conflict.whole} | self.whole,
-            narrow=self.narrow.union(*(conflict.narrow for conflict in conflicts)),
-        )
-        if more == self:
-            raise TraceError(f"{conflicts[0].reason}, and keeping the channels there whole does not help")
-        return more
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reshape:
     """How a view moved labels: sizes of the spread labels before (``full``) and after, and its runs.
 
@@ -163,6 +120,8 @@ class Propagation:
         self._node: fx.Node | None = None
         # Labels of each entry of parameters that the forward uses directly along several dims.
         self.entries: dict[str, Ids] = {}
+        # Masks of weights, which are cut with them.
+        self.masks: dict[str, list[str]] = {}
         # Why states stay whole, and why layers do whose weights are computed from others.
         self.whole: dict[str, str] = {}
         self.computed = find_computed_layers(model)
@@ -195,6 +154,7 @@ class Propagation:
         self.reached.add(name)
         if name not in self.entries:
             self.entries[name] = self.space.fresh(math.prod(shape)).reshape(shape)
+        self.entries |= dict.fromkeys(self.masks.get(name, ()), self.entries[name])
         return Labels(shape=shape, ids=self.entries[name])
 
     def state_name(self, value: Any) -> str | None:
@@ -237,6 +197,8 @@ class Propagation:
             self.space.unify(slot.ids, ids)
         if self._node is not None:
             self.uses.append((self._node, slot.key, slot.ids if ids is None else ids, blocks))
+        for mask in self.masks.get(name, ()):
+            self.slot(mask, dim, slot.ids if ids is None else ids, blocks=blocks)
         return slot
 
     def group(self, node: fx.Node, line: Ids, groups: int, reason: str) -> None:
@@ -313,6 +275,7 @@ class Propagation:
         """Labels of every value of a recording; a second recording of the same model adds to the first."""
         self.input_sizes = {size for node in recording.inputs for size in node.meta["shape"][:2]}
         self.batch = 0
+        self._take_masks(recording)
         for node in recording.nodes:
             if node.op == "call_function":
                 made = self._labels_after(node)
@@ -331,6 +294,20 @@ class Propagation:
             self.freeze(self.labels(node), node, "model output")
         # Said first: nothing can lift it.
         self.space.freezes += found
+
+    def _take_masks(self, recording: Recording) -> None:
+        """Masks follow their weights; one that the forward looks at besides can't, and both stay."""
+        used = {str(node.target) for node in recording.nodes if node.op == "get_attr" and node.users}
+        for mask, weight in recording.masks.items():
+            if mask in used or mask in self.whole:
+                for name in (mask, weight):
+                    self._keep_whole(name, f"{mask} masks {weight}, and the forward uses it besides")
+                continue
+            found = self.masks.setdefault(weight, [])
+            if mask not in found:
+                found.append(mask)
+                for slot in [slot for slot in self.slots.values() if slot.name == weight]:
+                    self.slot(mask, slot.dim, slot.ids, blocks=slot.blocks)
 
     def _labels_after(self, node: fx.Node) -> Labels | list[Labels]:
         if node.target is operator.getitem:

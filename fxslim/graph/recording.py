@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fxslim.errors import TraceError
 from fxslim.graph.function_calls import CalledFunctions, tagged_attributes, users_line
 from fxslim.graph.inputs import Inputs, output_tensors
+from fxslim.graph.masked_states import masked_state
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
 
@@ -36,6 +37,8 @@ class _Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self._nodes: dict[int, tuple[ReferenceType[Tensor], fx.Node]] = {}
         self.states = {id(t): name for name, t in named_states(model)}
+        # The weight that each mask was put on.
+        self.masks: dict[str, str] = {}
         self.functions = CalledFunctions(self.node_of, self.take_whole)
         self.inside_whole = False
         self.module_stack = module_stack
@@ -79,10 +82,19 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.inside_whole:
             return func(*args, **kwargs)
+        found = masked_state(func, args, self.states)
+        if found is not None:
+            return self._masked(func(*args, **kwargs), *found)
         is_view = func._schema.is_mutable and any(value._is_view() for value in _written(func, args, kwargs))
         inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         self._write(func, inputs, result, mutates_view=bool(is_view))
+        return result
+
+    def _masked(self, result: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """A masked weight stands for the weight."""
+        self.masks[self.states[id(mask)]] = self.states[id(weight)]
+        self._nodes[id(result)] = ref(result), self.node_of(weight)
         return result
 
     def take_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -128,7 +140,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 class Recording:
     """The graph of one forward, the nodes of the model's inputs and outputs, and sizes that were used as numbers.
 
-    ``again`` runs the same forward with other answers where it uses sizes as numbers.
+    ``masks``: the weight that each mask was put on. ``again`` runs the same forward with other answers where it uses
+    sizes as numbers.
     """
 
     def __init__(
@@ -137,12 +150,14 @@ class Recording:
         inputs: list[fx.Node],
         outputs: list[fx.Node],
         numbers: list[TaggedInt],
+        masks: dict[str, str],
         again: Callable[[tuple[int, ...]], "Recording"],
     ) -> None:
         self.graph = graph
         self.inputs = inputs
         self.outputs = outputs
         self.numbers = numbers
+        self.masks = masks
         self.again = again
 
     @property
@@ -228,5 +243,6 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         input_nodes,
         [found for found in made if found is not None],
         numbers.sizes,
+        recorder.masks,
         lambda other: record(model, example, training=training, answers=other),
     )

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from fxslim.graph.conflicts import Conflict, Decisions
 from fxslim.graph.groups import ResolvedLabels, free_channels
 from fxslim.graph.kept_order import PARTING, KeptOrder, Misorder
-from fxslim.graph.propagation import Conflict, Decisions, Propagation, as_node, operator_name
+from fxslim.graph.propagation import Propagation, as_node, operator_name
 from fxslim.graph.recording import Recording
 from fxslim.graph.size_checks import NewAttribute, NewSizes, SizeCheck
 from fxslim.graph.slots import LayerCall, SlotKey

@@ -54,6 +54,10 @@ class Block(Pattern):
         """With this ratio."""
         return replace(self, ratio=one_ratio(self.ratio, ratio, self))
 
+    def gentler(self, ratio: float) -> Self:
+        """With this ratio instead."""
+        return replace(self, ratio=ratio)
+
     def mask(self, scores: Tensor) -> Tensor:
         """Without the blocks whose mean is lowest."""
         return kernels.block_mask(scores, self.ratio or 0.0, self.cin, self.cout, self.per_position)

@@ -57,7 +57,7 @@ class NM(Pattern):
         return self
 
     def gentler(self, ratio: float) -> "NM":
-        """Of the same m, the one that removes at most this fraction: for schedules.
+        """Of the same m, the one that removes at most this fraction.
 
         >>> NM(2, 4).gentler(0.3)
         NM(n=3, m=4, axis=1)

@@ -37,6 +37,10 @@ class Pattern(ABC):
         """The same pattern with this fraction removed; an error where the two contradict."""
 
     @abstractmethod
+    def gentler(self, ratio: float) -> "Pattern":
+        """The pattern with at most this fraction removed, as schedules pass through."""
+
+    @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
         """True where an entry stays: the lowest of these (not negative) scores go, of equal ones the later."""
 

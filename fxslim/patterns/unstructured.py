@@ -43,6 +43,10 @@ class Unstructured(Pattern):
         """With this ratio."""
         return replace(self, ratio=one_ratio(self.ratio, ratio, self))
 
+    def gentler(self, ratio: float) -> Self:
+        """With this ratio instead."""
+        return replace(self, ratio=ratio)
+
     def mask(self, scores: Tensor) -> Tensor:
         """Without the lowest."""
         rows = scores.detach().reshape(scores.shape[0] if self.per_output else 1, -1)

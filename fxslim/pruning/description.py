@@ -15,7 +15,7 @@ from torch import nn
 
 from fxslim.errors import PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
-from fxslim.graph.propagation import Conflict
+from fxslim.graph.conflicts import Conflict
 from fxslim.graph.slots import Slot
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.planning import removal_plan

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph, trace
+from fxslim.graph.conflicts import Conflict
 from fxslim.graph.inputs import Inputs, as_inputs
-from fxslim.graph.propagation import Conflict, operator_name
+from fxslim.graph.propagation import operator_name
 from fxslim.graph.recording import Recording, named_states, record
 from fxslim.graph.slots import Slot, entry_sums
 from fxslim.graph.surgery.cutting import Cut, cut_tensor

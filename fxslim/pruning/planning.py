@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from fxslim.batches import Data, Forward, Loss, as_data, repeatable
 from fxslim.errors import PlanError
 from fxslim.graph.channel_graph import ChannelGraph, trace
+from fxslim.graph.conflicts import Conflict
 from fxslim.graph.inputs import as_inputs
 from fxslim.graph.layer_choice import Chosen
-from fxslim.graph.propagation import Conflict
 from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.settling import Arrangement
 from fxslim.graph.surgery.cutting import Cut

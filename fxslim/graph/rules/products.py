@@ -6,8 +6,9 @@ import math
 import numpy as np
 from torch import fx
 
+from fxslim.graph.conflicts import Conflict
 from fxslim.graph.labels import FIXED, Ids, Labels, compressed, fixed
-from fxslim.graph.propagation import Conflict, Propagation, as_node, combined, operator_name, rule
+from fxslim.graph.propagation import Propagation, as_node, combined, operator_name, rule
 from fxslim.graph.slots import LayerCall
 
 SHARED = "one head is shared by all queries, whose heads go: its width stays"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxslim.errors import ConfigError
+from fxslim.graph.masked_states import masked_state
 from fxslim.graph.recording import undisturbed
 from fxslim.graph.slots import Slot, entry_sums
 from fxslim.pruning.importance.criterion import Context
@@ -34,12 +35,17 @@ class _Watch(TorchDispatchMode):
         self.slots = list(slots)
         self.sums = {slot.key: np.zeros(len(slot.ids)) for slot in self.slots}
         self.counts = {slot.key: np.zeros(len(slot.ids)) for slot in self.slots}
+        self.names = {id(state): name for name, state in context.states.items()}
+        self.alive: list[Tensor] = []
         self.by_memory: dict[int, list[Slot]] = {}
         for slot in self.slots:
             self.by_memory.setdefault(self.states[slot.name].untyped_storage()._cdata, []).append(slot)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        masked = masked_state(func, args, self.names)
+        if masked is not None:
+            self._follow_mask(masked[0], result)
         name = func.overloadpacket.__name__
         if name == "convolution":
             self._see_convolution(args[0], args[1], result)
@@ -50,6 +56,19 @@ class _Watch(TorchDispatchMode):
             row, vector = (1, 0) if right.dim() == 1 else (2, right.dim() - 2)
             self._see_product(left, left.dim() - 1, (right, vector), (result, result.dim() - row))
         return result
+
+    def _follow_mask(self, weight: Tensor, result: Tensor) -> None:
+        """A masked weight stands for the weight; kept alive, since memory that is free is given out again."""
+        slots = self.by_memory.get(weight.untyped_storage()._cdata)
+        if slots:
+            self.by_memory[result.untyped_storage()._cdata] = slots
+            self.alive.append(result)
+
+    def forget_masked(self) -> None:
+        """The masked weights of this batch; the next has its own."""
+        for result in self.alive:
+            del self.by_memory[result.untyped_storage()._cdata]
+        self.alive.clear()
 
     def _see_convolution(self, x: Tensor, weight: Tensor, result: Tensor) -> None:
         for slot in self.by_memory.get(weight.untyped_storage()._cdata, ()):
@@ -98,6 +117,7 @@ def channel_means(
         for batch in data:
             with watch:
                 data.forward(context.model, batch)
+            watch.forget_masked()
     for slot in watch.slots:
         if watch.counts[slot.key].all():
             means = watch.sums[slot.key] / watch.counts[slot.key]

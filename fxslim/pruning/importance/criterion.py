@@ -49,11 +49,14 @@ class Context:
         return dict(named_states(self.model))
 
     def values_of(self, name: str) -> Tensor:
-        """A parameter or buffer, which must have values."""
+        """A parameter or buffer, which must have values; a masked weight as its layer computes with it."""
         state = self.states[name]
         if state.is_meta:
             raise ConfigError(f"importance needs values, but {name} is on the meta device: use importance='random'")
-        return state.detach()
+        value = state.detach()
+        for mask in self.graph.arranger.propagation.masks.get(name, ()):
+            value = value * self.states[mask]
+        return value
 
     @cached_property
     def wanted(self) -> np.ndarray:

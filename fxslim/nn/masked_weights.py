@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all masked layers share: one mask per weight, multiplied in wherever the weight is used.
+
+The weight keeps the values of masked entries: where a mask is made anew they compete with what they were. What the
+layer computes with, and the gradient, knows only the kept ones.
+"""
+
+import copy
+import functools
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fxslim.errors import ConfigError, UnsupportedLayerError
+from fxslim.nn.mask_settings import MaskSettings
+from fxslim.patterns import Pattern, as_pattern
+from fxslim.patterns.weight_layout import layout_of
+
+_CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_MASK, _GRADIENT = "_mask", "_gradient"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Masked forward; backward the whole gradient, and a decay of what is masked."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        ctx.decay = decay
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        weight, mask = ctx.saved_tensors
+        return grads[0] + torch.where(mask, 0, ctx.decay * weight), None, None
+
+
+def refresh_if_due(layer: "MaskedWeights", args: Any) -> None:
+    """A forward pre-hook. That there is one also keeps torch's fused encoder layers from reading the plain weights."""
+    layer.before_batch()
+
+
+class MaskedWeights(nn.Module):
+    """Mixed into a layer: its weights count only where their masks are True.
+
+    Each mask is a buffer beside its weight: ``weight_mask``. Counters are buffers too, so that a loaded state goes on.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    mask_settings: MaskSettings
+    num_mask_batches: Tensor
+    num_mask_steps: Tensor
+
+    def __init__(
+        self,
+        *args: Any,
+        pattern: Any,
+        ratio: float | None = None,
+        update_freq: int | None = None,
+        gradient: str = "zero",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        chosen = as_pattern(pattern).at(ratio)
+        self.start_masking(MaskSettings(pattern=chosen, update_freq=update_freq, gradient=gradient))
+        self.refresh()
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The parameters that have masks."""
+        return ("weight",)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, **settings: Any) -> Self:
+        """A masked layer with the same Parameter objects, attributes and hooks; its mask by magnitude.
+
+        ``settings`` are those of ``MaskSettings``, and ``ratio``.
+        """
+        if type(layer) is not cls.float_class:
+            raise UnsupportedLayerError(
+                f"{cls.__name__}.from_float takes a {cls.float_class.__name__}, got a {type(layer).__name__}: "
+                "a subclass may compute something else"
+            )
+        ratio = settings.pop("ratio", None)
+        if "pattern" not in settings:
+            raise ConfigError(f"{cls.__name__}.from_float needs pattern=, such as '2:4'")
+        chosen = MaskSettings(**{**settings, "pattern": as_pattern(settings["pattern"]).at(ratio)})
+        masked = copied_as(layer, cls)
+        masked.start_masking(chosen)
+        masked.refresh()
+        return masked
+
+    def to_float(self) -> nn.Module:
+        """The plain layer, with zeros in its weights; this one stays as it is."""
+        plain = copied_as(self, self.float_class)
+        for name in self.weight_names:
+            weight = getattr(self, name)
+            plain.register_parameter(name, nn.Parameter(self.masked(name).detach().clone(), weight.requires_grad))
+        strip_masks(plain, self.weight_names)
+        return plain
+
+    def start_masking(self, settings: MaskSettings) -> None:
+        """Add the buffers; nothing is masked yet."""
+        self.mask_settings = settings
+        for name in self.weight_names:
+            weight = getattr(self, name)
+            self.register_buffer(name + _MASK, torch.ones_like(weight, dtype=torch.bool))
+            if settings.regrow:
+                self.register_buffer(name + _GRADIENT, torch.zeros_like(weight))
+        counters = {"num_mask_batches": settings.update_freq, "num_mask_steps": settings.schedule}
+        device = getattr(self, self.weight_names[0]).device
+        for counter, wanted in counters.items():
+            if wanted is not None:
+                self.register_buffer(counter, torch.zeros((), dtype=torch.int64, device=device))
+        self.register_forward_pre_hook(refresh_if_due)
+
+    def masked(self, name: str = "weight") -> Tensor:
+        """A weight as the layer computes with it."""
+        weight, mask = getattr(self, name), getattr(self, name + _MASK)
+        settings = self.mask_settings
+        if settings.gradient == "sr_ste" and weight.requires_grad:
+            result = _StraightThrough.apply(weight, mask, settings.decay)
+        else:
+            result = torch.where(mask, weight, 0)
+        if settings.regrow and self.training and result.requires_grad:
+            result.register_hook(functools.partial(self._see_gradient, name))
+        return result
+
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        setattr(self, name + _GRADIENT, gradient.detach().clone())
+
+    def set_mask(self, mask: Tensor, name: str = "weight") -> None:
+        """Another mask. A new tensor, since graphs that wait for their backward hold the old one."""
+        old = getattr(self, name + _MASK)
+        if mask.shape != old.shape:
+            raise ConfigError(f"the mask of {name} is {tuple(old.shape)}, got {tuple(mask.shape)}")
+        setattr(self, name + _MASK, mask.detach().to(old.device, torch.bool).clone())
+
+    @property
+    def current_pattern(self) -> Pattern:
+        """The pattern in force: with a schedule a gentler one before its end."""
+        steps = getattr(self, "num_mask_steps", None)
+        return self.mask_settings.pattern_at(0 if steps is None else int(steps))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the masks anew from the weights as they are."""
+        layout, pattern = layout_of(self), self.current_pattern
+        for name in self.weight_names:
+            scores = self._scores(name)
+            self.set_mask(layout.restored(pattern.mask(layout.rows(scores))), name)
+
+    def _scores(self, name: str) -> Tensor:
+        """Magnitudes; with ``regrow`` what is masked counts by its gradient."""
+        weight, settings = getattr(self, name).detach().abs(), self.mask_settings
+        if not settings.regrow:
+            return weight
+        gradient, mask = getattr(self, name + _GRADIENT).abs(), getattr(self, name + _MASK)
+        scale = weight.mean() / gradient.mean().clamp(min=torch.finfo(gradient.dtype).tiny)
+        return torch.where(mask, weight, settings.regrow * scale * gradient)
+
+    def before_batch(self) -> None:
+        """Count a training batch, and make the masks anew where that is due."""
+        frequency = self.mask_settings.update_freq
+        if frequency is None or not self.training:
+            return
+        seen = int(self.num_mask_batches)
+        if seen == 0 or (frequency and seen % frequency == 0):
+            self.refresh()
+        self.num_mask_batches = self.num_mask_batches + 1
+
+    def step(self) -> None:
+        """One step of the schedule."""
+        if self.mask_settings.schedule is None:
+            raise ConfigError("this layer's mask has no schedule: give schedule= when it is made sparse")
+        self.num_mask_steps = self.num_mask_steps + 1
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.mask_settings.pattern}"
+
+
+def copied_as(layer: nn.Module, cls: type[Any]) -> Any:
+    """Another module of this class with the same parameters, buffers, submodules, attributes and hooks."""
+    result = object.__new__(cls)
+    for key, value in vars(layer).items():
+        own = key in _CONTENTS or (key.endswith("_hooks") and isinstance(value, dict))
+        result.__dict__[key] = copy.copy(value) if own else value
+    return result
+
+
+def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
+    """Take away what ``start_masking`` added."""
+    added = [name + suffix for name in weight_names for suffix in (_MASK, _GRADIENT)]
+    for name in [*added, "num_mask_batches", "num_mask_steps"]:
+        layer._buffers.pop(name, None)
+    layer.__dict__.pop("mask_settings", None)
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
+        del hooks[key]
