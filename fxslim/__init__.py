@@ -4,6 +4,7 @@
 from fxslim import kernels as kernels
 from fxslim import patterns as patterns
 from fxslim import schedules as schedules
+from fxslim import sparsity as sparsity
 from fxslim.checkpoint.model_files import load as load
 from fxslim.checkpoint.model_files import read_extras as read_extras
 from fxslim.checkpoint.model_files import save as save
@@ -30,4 +31,7 @@ from fxslim.pruning.planning import plan_pruning as plan_pruning
 from fxslim.pruning.planning import prune as prune
 from fxslim.pruning.pruning_plan import PruningPlan as PruningPlan
 from fxslim.pruning.repair.settings import Repair as Repair
+from fxslim.sparsity.planning import plan_sparsity as plan_sparsity
+from fxslim.sparsity.planning import sparsify as sparsify
+from fxslim.sparsity.sparsity_plan import SparsityPlan as SparsityPlan
 from fxslim.version import __version__ as __version__

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxslim.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
-from fxslim.checkpoint.plan_files import plan_from_dict
+from fxslim.checkpoint.plan_files import Plan, plan_from_dict
 from fxslim.errors import CheckpointError
 from fxslim.graph.surgery.changes import Changes
 from fxslim.plan.applied_plans import applied, plain_names
 from fxslim.plan.file_writing import write_file
-from fxslim.pruning.pruning_plan import PruningPlan
 
 FORMAT = "1"
 _OPTIMIZER = "optimizer/"
@@ -131,7 +130,7 @@ def load(
         raise
 
 
-def _plan(data: Any, path: str | Path) -> PruningPlan:
+def _plan(data: Any, path: str | Path) -> Plan:
     try:
         return plan_from_dict(data)
     except CheckpointError as error:

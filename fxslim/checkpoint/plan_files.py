@@ -7,11 +7,13 @@ from typing import Any
 
 from fxslim.errors import CheckpointError, unknown_name
 from fxslim.pruning.pruning_plan import PruningPlan
+from fxslim.sparsity.sparsity_plan import SparsityPlan
 
-_KINDS = {"pruning": PruningPlan}
+Plan = PruningPlan | SparsityPlan
+_KINDS: dict[str, Any] = {"pruning": PruningPlan, "sparsity": SparsityPlan}
 
 
-def plan_from_dict(data: Any) -> PruningPlan:
+def plan_from_dict(data: Any) -> Plan:
     """The plan that a plan's ``to_dict`` wrote."""
     if not isinstance(data, dict) or "kind" not in data:
         raise CheckpointError("this is no plan of fxslim: it has no 'kind'")
@@ -21,7 +23,7 @@ def plan_from_dict(data: Any) -> PruningPlan:
     return _KINDS[kind].from_dict(data)
 
 
-def load_plan(path: str | Path) -> PruningPlan:
+def load_plan(path: str | Path) -> Plan:
     """The plan that ``plan.save(path)`` wrote."""
     path = Path(path)
     try:

@@ -21,7 +21,7 @@ class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):
     float_class = nn.MultiheadAttention
 
     @property
-    def weight_names(self) -> tuple[str, ...]:
+    def maskable(self) -> tuple[str, ...]:
         """The input projections."""
         if self.in_proj_weight is not None:
             return ("in_proj_weight",)
@@ -53,7 +53,7 @@ class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):
         batch_first = self.batch_first and query.dim() == 3
         if batch_first:
             query, key, value = _transposed(query, key, value)
-        weights: dict[str, Any] = {name: self.masked(name) for name in self.weight_names}
+        weights: dict[str, Any] = {name: self.masked(name) for name in self.maskable}
         out_proj = self.out_proj
         outputs, attention = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads,

@@ -7,6 +7,7 @@ layer computes with, and the gradient, knows only the kept ones.
 
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -67,9 +68,14 @@ class MaskedWeights(nn.Module):
         self.refresh()
 
     @property
+    def maskable(self) -> tuple[str, ...]:
+        """The parameters that may have masks."""
+        return ("weight",)
+
+    @property
     def weight_names(self) -> tuple[str, ...]:
         """The parameters that have masks."""
-        return ("weight",)
+        return tuple(name for name in self.maskable if name + _MASK in self._buffers)
 
     @classmethod
     def from_float(cls, layer: nn.Module, **settings: Any) -> Self:
@@ -100,16 +106,16 @@ class MaskedWeights(nn.Module):
         strip_masks(plain, self.weight_names)
         return plain
 
-    def start_masking(self, settings: MaskSettings) -> None:
-        """Add the buffers; nothing is masked yet."""
+    def start_masking(self, settings: MaskSettings, names: Iterable[str] | None = None) -> None:
+        """Add the buffers for these parameters, by default all; nothing is masked yet."""
         self.mask_settings = settings
-        for name in self.weight_names:
+        for name in self.maskable if names is None else names:
             weight = getattr(self, name)
             self.register_buffer(name + _MASK, torch.ones_like(weight, dtype=torch.bool))
             if settings.regrow:
                 self.register_buffer(name + _GRADIENT, torch.zeros_like(weight))
         counters = {"num_mask_batches": settings.update_freq, "num_mask_steps": settings.schedule}
-        device = getattr(self, self.weight_names[0]).device
+        device = next(self.parameters()).device
         for counter, wanted in counters.items():
             if wanted is not None:
                 self.register_buffer(counter, torch.zeros((), dtype=torch.int64, device=device))
@@ -117,7 +123,9 @@ class MaskedWeights(nn.Module):
 
     def masked(self, name: str = "weight") -> Tensor:
         """A weight as the layer computes with it."""
-        weight, mask = getattr(self, name), getattr(self, name + _MASK)
+        weight, mask = getattr(self, name), self._buffers.get(name + _MASK)
+        if mask is None:
+            return weight
         settings = self.mask_settings
         if settings.gradient == "sr_ste" and weight.requires_grad:
             result = _StraightThrough.apply(weight, mask, settings.decay)

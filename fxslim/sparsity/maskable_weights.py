@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model can have a mask, and why others can't."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxslim import nn as counterparts
+from fxslim.batches import Data
+from fxslim.graph.computed_layers import find_computed_layers
+from fxslim.graph.inputs import Inputs
+from fxslim.graph.recording import undisturbed
+from fxslim.sparsity.weight_uses import WeightUse, WeightUses, watched
+
+_OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
+COUNTERPARTS: dict[type[nn.Module], type[counterparts.MaskedWeights]] = {
+    nn.Linear: counterparts.MaskedLinear,
+    nn.Conv1d: counterparts.MaskedConv1d,
+    nn.Conv2d: counterparts.MaskedConv2d,
+    nn.Conv3d: counterparts.MaskedConv3d,
+    nn.ConvTranspose1d: counterparts.MaskedConvTranspose1d,
+    nn.ConvTranspose2d: counterparts.MaskedConvTranspose2d,
+    nn.ConvTranspose3d: counterparts.MaskedConvTranspose3d,
+    nn.MultiheadAttention: counterparts.MaskedMultiheadAttention,
+    _OUT_PROJ: counterparts.MaskedLinear,
+}
+_KINDS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# By name, so that nothing is imported that the user did not import: these hand their layers' weights to a function.
+_HAND_OVER = {"ShiftedWindowAttention", "ShiftedWindowAttentionV2"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskableWeight:
+    """A weight of a layer, by the layer's name and its own; ``obstacle`` tells why it can't have a mask."""
+
+    layer: str
+    module: nn.Module
+    attribute: str
+    obstacle: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.attribute}".lstrip(".")
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+
+def maskable_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWeight]:
+    """All weights of linear layers, convolutions and attention, in the order of the model; each module once.
+
+    ``users``: for weights that other modules hand to a function, the name of such a module.
+    """
+    computed, found = find_computed_layers(model), []
+    handed = {
+        f"{name}.{child}" if name else child: name or type(module).__name__
+        for name, module in model.named_modules()
+        if _HAND_OVER & {base.__name__ for base in type(module).__mro__}
+        for child, _ in module.named_children()
+    }
+    for name, module in model.named_modules():
+        if not isinstance(module, _KINDS):
+            continue
+        attributes = [a for a in _PROJECTIONS if getattr(module, a, None) is not None] or ["weight"]
+        for attribute in attributes:
+            weight = f"{name}.{attribute}".lstrip(".")
+            obstacle = computed.get(name) or _obstacle(module, handed.get(name) or users.get(weight, ""))
+            found.append(MaskableWeight(layer=name, module=module, attribute=attribute, obstacle=obstacle))
+    return found
+
+
+def _obstacle(module: nn.Module, user: str) -> str:
+    if isinstance(module, counterparts.MaskedWeights):
+        return "it has a mask already: start from the model without it"
+    if type(module) not in COUNTERPARTS:
+        kind = next(k.__name__ for k in type(module).__mro__[1:] if k.__module__.startswith("torch.nn"))
+        return f"{type(module).__name__} is a subclass of {kind}, and may compute something else"
+    if user and type(module) is not _OUT_PROJ:
+        return f"{user} hands its weight to a function, past the layer's own forward, where the mask is put on"
+    return ""
+
+
+def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) -> dict[str, str]:
+    """Modules that use weights of others, as far as one forward shows: {weight: module}."""
+    weights = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1 and not parameter.is_meta
+    }
+    found: dict[str, str] = {}
+
+    def hear(use: WeightUse) -> None:
+        if use.module != use.name.rpartition(".")[0]:
+            found.setdefault(use.name, use.module or "the model")
+
+    uses = WeightUses(model, weights, hear)
+    with torch.inference_mode(False), undisturbed(model, training=False), torch.no_grad():
+        for inputs in examples:
+            with watched(model, uses):
+                inputs.copied().run(model)
+        if data is not None:
+            for batch in data:
+                with watched(model, uses):
+                    data.forward(model, batch)
+                break
+    return found
+
+
+def shared_weights(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by id."""
+    return Counter(id(p) for m in dict.fromkeys(model.modules()) for p in m.parameters(recurse=False))
+
+
+def group_count(module: Any) -> int:
+    """The groups of a convolution; 1 for all else."""
+    return int(getattr(module, "groups", 1))
