@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxslim.kernels import (
+    block_masking,
     clip_masks,
     clipped_fake_quantization,
     fake_quantization,
@@ -181,6 +182,41 @@ def two_of_four(device: torch.device) -> Contest:
     }
 
 
+def half_of_the_blocks_linear(device: torch.device) -> Contest:
+    """block_mask, half of the 32 x 64 blocks of 4096x4096 float32 (torch: WeightNormSparsifier)."""
+    from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
+
+    linear = torch.nn.Linear(4096, 4096, bias=False, device=device)
+    weight = linear.weight.detach()
+    sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(64, 32), zeros_per_block=64 * 32)
+    sparsifier.prepare(torch.nn.Sequential(linear), config=[{"tensor_fqn": "0.weight"}])
+    return {
+        "copy_": _copy(weight),
+        "native": lambda: block_masking.block_mask(weight, 0.5),
+        "reference": lambda: block_masking._reference(weight, 4096, 32, 64, True, False),
+        "torch": sparsifier.step,
+    }
+
+
+def half_of_the_blocks_conv(device: torch.device) -> Contest:
+    """block_mask, half of the 32 x 64 blocks of 512x512x3x3 float32 (topk: pad, view, abs, mean, topk, expand)."""
+    weight = torch.randn(512, 512, 3, 3, device=device)
+
+    def topk() -> Tensor:
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, -512 % 32, 0, -512 % 64))
+        means = padded.view(8, 64, 16, 32, 3, 3).abs().mean(dim=(1, 3))
+        best = means.flatten().topk(means.numel() // 2).indices
+        kept = torch.zeros(means.numel(), dtype=torch.bool, device=device).scatter_(0, best, True)
+        return kept.view(8, 1, 16, 1, 3, 3).expand(8, 64, 16, 32, 3, 3).reshape(padded.shape)[:512, :512]
+
+    return {
+        "copy_": _copy(weight),
+        "native": lambda: block_masking.block_mask(weight, 0.5),
+        "reference": lambda: block_masking._reference(weight, 576, 32, 64, True, False),
+        "topk": topk,
+    }
+
+
 CONTESTS = [
     fake_quantize_per_tensor,
     observe_and_fake_quantize,
@@ -189,4 +225,6 @@ CONTESTS = [
     learned_clips,
     smallest_and_largest,
     two_of_four,
+    half_of_the_blocks_linear,
+    half_of_the_blocks_conv,
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators with a pure-PyTorch reference each, and native CPU and CUDA kernels where they are built."""
 
+from fxslim.kernels.block_masking import block_mask as block_mask
 from fxslim.kernels.clipped_fake_quantization import fake_quantize_clipped as fake_quantize_clipped
 from fxslim.kernels.fake_quantization import fake_quantize as fake_quantize
 from fxslim.kernels.learned_fake_quantization import fake_quantize_learned as fake_quantize_learned

@@ -109,6 +109,16 @@ def _nm_mask(x: Tensor) -> Iterator[tuple]:
             yield from ((x, n, m, axis, channels_last) for channels_last in _orders(x))
 
 
+def _block_mask(x: Tensor) -> Iterator[tuple]:
+    if not 2 <= x.dim() <= 5:
+        return
+    for cin, cout, per_position in ((32, 64, True), (4, 1, False), (2, 3, True), (1, 1, True), (3, 2, False)):
+        blocks = -(-x.shape[0] // cout) * -(-x.shape[1] // cin)
+        blocks *= x.shape[2:].numel() if per_position else x.numel() > 0
+        for num_removed in (blocks // 2, max(0, blocks - 1)):
+            yield from ((x, num_removed, cin, cout, per_position, channels_last) for channels_last in _orders(x))
+
+
 OPERATORS = [
     Operator(name="fake_quantize", reference=_reference("fake_quantization"), samples=_fake_quantize),
     Operator(name="mask_gradient", reference=_reference("clip_masks"), samples=_mask_gradient),
@@ -135,6 +145,7 @@ OPERATORS = [
         sums=(1,),
     ),
     Operator(name="nm_mask", reference=_reference("nm_masking"), samples=_nm_mask),
+    Operator(name="block_mask", reference=_reference("block_masking"), samples=_block_mask),
 ]
 
 assert {operator.name for operator in OPERATORS} == set(kernels.operator_names())

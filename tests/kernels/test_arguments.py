@@ -109,6 +109,20 @@ INF = torch.tensor([torch.inf])
         (lambda: kernels.nm_mask(X[0, 0], 2, 4), ConfigError, "weight has no dimensions"),
         (lambda: kernels.nm_mask(X, 2, 4, axis=2), ConfigError, "axis=2 does not exist"),
         (lambda: kernels.nm_mask(X.bool(), 2, 4), DtypeError, "weight must be float32.*got torch.bool"),
+        (lambda: kernels.block_mask(X.bool(), 0.5), DtypeError, "weight must be float32.*got torch.bool"),
+        (lambda: kernels.block_mask(X[0], 0.5), ConfigError, r"weight has shape \(4,\): blocks need \(out, in"),
+        (lambda: kernels.block_mask(X[None, None, None, None], 0.5), ConfigError, r"shape \(1, 1, 1, 1, 3, 4\)"),
+        (lambda: kernels.block_mask(X, 1.0), ConfigError, r"ratio=1.0 must be in \[0, 1\)"),
+        (lambda: kernels.block_mask(X, -0.1), ConfigError, r"ratio=-0.1 must be in \[0, 1\)"),
+        (lambda: kernels.block_mask(X, float("nan")), ConfigError, r"ratio=nan must be in \[0, 1\)"),
+        (lambda: kernels.block_mask(X, True), DtypeError, "ratio must be a number, got True"),
+        (lambda: kernels.block_mask(X, "0.5"), DtypeError, "ratio must be a number, got '0.5'"),
+        (lambda: kernels.block_mask(X, 0.5, cin=0), ConfigError, r"cin=0 must be in \[1, 2"),
+        (lambda: kernels.block_mask(X, 0.5, cout=-64), ConfigError, "cout=-64 must be in"),
+        (lambda: kernels.block_mask(X, 0.5, cout=2**70), ConfigError, "cout=1180591620717411303424 must be in"),
+        (lambda: kernels.block_mask(X, 0.5, cin=True), DtypeError, "cin must be an int, got True"),
+        (lambda: kernels.block_mask(X, 0.5, cout=64.0), DtypeError, "cout must be an int, got 64.0"),
+        (lambda: kernels.block_mask(X, 0.5, per_position=1), DtypeError, "per_position must be True or False, got 1"),
     ],
 )
 def test_message(call, error, message) -> None:
@@ -159,6 +173,9 @@ def test_empty_tensors(device) -> None:
     nothing = INF.to(device)
     assert kernels.observe_fake_quantize(x, nothing, -nothing, -8, 7)[3].item() == 1.0
     assert kernels.nm_mask(x, 2, 4).shape == (0, 4)
+    for shape in ((0, 4), (3, 0), (2, 3, 0), (2, 3, 4, 0), (2, 0, 3, 3, 3)):
+        for per_position in (True, False):
+            assert kernels.block_mask(torch.empty(shape, device=device), 0.5, 2, 2, per_position).shape == shape
     clips = [torch.tensor(v, device=device, requires_grad=True) for v in (-1.0, 1.0)]
     kernels.fake_quantize_clipped(x, *clips, -8, 7)[0].sum().backward()
     assert clips[0].grad == 0

@@ -29,7 +29,7 @@ class Quantizing(nn.Module):
         weight = kernels.observe_fake_quantize(
             self.linear.weight, self.nothing, -self.nothing, -128, 127, averaging=1.0, symmetric=True, axis=0
         )[0]
-        weight = weight * kernels.nm_mask(weight, 2, 4)
+        weight = weight * kernels.nm_mask(weight, 2, 4) * kernels.block_mask(weight, 0.3, cin=2, cout=2)
         x = kernels.fake_quantize_clipped(bits(x), self.clips[0], self.clips[1], -128, 127)[0]
         x = nn.functional.linear(x, weight, self.linear.bias)
         return kernels.fake_quantize_learned(x, self.scale, 0, -128, 127, axis=1)
@@ -91,6 +91,7 @@ def test_export_keeps_the_operators() -> None:
     assert used == {
         f"fxslim.{name}.default"
         for name in (
+            "block_mask",
             "fake_quantize",
             "fake_quantize_clipped",
             "fake_quantize_learned",

@@ -68,5 +68,6 @@ def test_outputs_keep_the_memory_format(channels_last, device) -> None:
         kernels.fake_quantize(x, 0.1, 0, -8, 7),
         kernels.observe_fake_quantize(x, inf, -inf, -8, 7)[0],
         kernels.nm_mask(x, 2, 4),
+        kernels.block_mask(x, 0.5, 4, 2),
     ):
         assert y.stride() == x.stride()
