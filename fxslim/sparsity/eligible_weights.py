@@ -13,7 +13,7 @@ from fxslim.graph.layer_choice import Chosen, chosen_layers, settings_by_layer
 from fxslim.patterns import Pattern, as_pattern, eligible
 from fxslim.patterns.pattern import check_ratio
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.sparsity.maskable_weights import MaskableWeight, maskable_weights, shared_weights
+from fxslim.sparsity.maskable_weights import MaskableWeight, find_weights, shared_weights
 from fxslim.sparsity.methods import Method, Par
 
 _log = logging.getLogger(__name__)
@@ -41,16 +41,18 @@ class LayerChoice:
             raise ConfigError(unknown_name("ineligible", str(self.ineligible), INELIGIBLE))
 
     def patterns(
-        self, model: nn.Module, pattern: Pattern, method: Method, users: Mapping[str, str], notes: list[str]
-    ) -> dict[str, Pattern]:
-        """The pattern of each weight, by name; what is left out is told, or an error."""
-        weights = maskable_weights(model, users)
+        self, model: nn.Module, pattern: Pattern, method: Method, users: Mapping[str, str]
+    ) -> tuple[dict[str, Pattern], list[str]]:
+        """The pattern of each weight, by name, and what is left out and why."""
+        weights = find_weights(model, users)
         wanted = None if self.layers is None else _maskable(model, self.layers, weights, "layers")
         skipped = chosen_layers(model, self.skip, "skip")
         _maskable(model, list(self.overrides), weights, "overrides")
         own = settings_by_layer(model, self.overrides, "overrides")
         by_role = _ratios_by_role(method, weights)
-        uses, found = shared_weights(model), {}
+        uses = shared_weights(model)
+        found: dict[str, Pattern] = {}
+        notes: list[str] = []
         for weight in weights:
             if weight.layer in skipped or (wanted is not None and weight.layer not in wanted):
                 continue
@@ -71,7 +73,7 @@ class LayerChoice:
                 notes.append(f"{weight.name} stays dense: {obstacle}")
                 if self.ineligible == "warn":
                     _log.warning("sparsity: %s", notes[-1])
-        return found
+        return found, notes
 
     def _obstacle(self, weight: MaskableWeight, pattern: Pattern) -> str:
         layout = layout_of(weight.module)

@@ -82,9 +82,7 @@ class Weight:
         if bad:
             raise ConfigError(f"{self.name} has NaN or infinity in {bad} of {value.numel()} entries: mend it, or skip")
 
-    def choose(
-        self, method: Method, seen: Seen, settings: MaskSettings, share: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, method: Method, seen: Seen, settings: MaskSettings, share: float) -> tuple[Tensor, Tensor | None]:
         pattern = settings.pattern_at(0)
         if share < 1:
             pattern = pattern.gentler(share * (pattern.removed() or 0.0))

@@ -52,7 +52,7 @@ class MaskableWeight:
         return getattr(self.module, self.attribute)
 
 
-def maskable_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWeight]:
+def find_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWeight]:
     """All weights of linear layers, convolutions and attention, in the order of the model; each module once.
 
     ``users``: for weights that other modules hand to a function, the name of such a module.

@@ -36,12 +36,12 @@ def _mask_layer(model: nn.Module, layer: str, wanted: Mapping[str, MaskSettings]
     kinds = {dataclasses.replace(setting) for setting in wanted.values()}
     if len(kinds) > 1:
         raise PlanError(f"{layer}: its weights {sorted(wanted)} share one layer and need one pattern, got {kinds}")
-    parent = model.get_submodule(layer.rpartition(".")[0]) if layer else model
+    parent: Any = model.get_submodule(layer.rpartition(".")[0]) if layer else model
     setting = next(iter(kinds))
     if type(parent) is nn.MultiheadAttention and layer.endswith("out_proj"):
         # Its own forward is never called: the owner puts the mask on.
         changes.set_attribute(parent, "__class__", MaskedMultiheadAttention)
-        parent.start_masking(setting, ())
+        MaskedMultiheadAttention.start_masking(parent, setting, ())
     plain = type(module)
     changes.set_attribute(module, "__class__", COUNTERPARTS[plain])
     module.start_masking(setting, tuple(wanted))

@@ -24,13 +24,14 @@ from fxslim.sparsity.ratios import adaptive_ratios, global_ratios
 from fxslim.sparsity.sparsity_plan import SparsityPlan, WeightPlan
 
 _USUAL_RATIO = 0.5
-_SCOPES = ("layer", "global")
+_SCOPES = ("layer", "global", "adaptive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wishes:
     pattern: Pattern
     method: Method
+    scope: str
 
 
 def plan_sparsity(
@@ -41,13 +42,12 @@ def plan_sparsity(
     layers: Chosen | None = None,
     skip: Chosen = (),
     overrides: Mapping[str | type, Any] | None = None,
-    method: Any = "magnitude",
+    method: str | Method = "magnitude",
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
     example_inputs: Any = None,
     scope: str = "layer",
-    uniform: bool = True,
     progressive: bool | int = False,
     update_freq: int | None = None,
     gradient: str = "zero",
@@ -57,62 +57,26 @@ def plan_sparsity(
     chip: str | None = None,
     bits: int = 8,
 ) -> SparsityPlan:
-    """Decide which weights get a mask, of which pattern; the model is not touched.
+    """Decide which weights get a mask, of which pattern; the model is not touched (docs/sparsity.md).
 
-    ``pattern``: "2:4", "cin32cout64", "unstructured", or one of ``fxslim.patterns``; ``ratio`` is the fraction that
-    goes, for patterns that leave it open (0.5). ``overrides``: {layer: ratio or pattern}. ``method``: "magnitude",
-    "l2", "first_order", "wanda", "par", "par_v2", "hessian", or one of ``fxslim.sparsity``; most look at ``data``.
-    ``scope="global"`` ranks all layers together, ``uniform=False`` gives sensitive layers less to lose; ``ratio`` is
-    then that of all. ``progressive``: layer by layer, each from what it reads once those before it are sparse (a
-    number: so many times, ever sparser). ``update_freq``, ``gradient``, ``regrow``, ``schedule``: what happens in
-    training, see ``fxslim.nn.MaskSettings``. Layers that can't follow the pattern are left out: ``ineligible`` "warn",
-    "error", "ignore". ``chip`` leaves out what this chip's compiler would. With ``example_inputs`` (or ``data``)
-    weights that the model hands to a function are found.
-
-    >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
-    >>> print(plan_sparsity(net, "2:4"))
-    weight                 shape  pattern
-    0.weight                16x8  2:4
-    2.weight                1x16  2:4
-    2 weights by magnitude: 72 of 144 entries go
+    ``pattern``: "2:4", "cin32cout64", "unstructured", or one of ``fxslim.patterns``; ``ratio``: what goes, where the
+    pattern leaves it open (0.5). ``overrides``: {layer: ratio or pattern}. ``method``: magnitude, l2, first_order,
+    wanda, par, par_v2, hessian, or one of ``fxslim.sparsity``; most look at ``data``. ``scope``: each "layer" alike,
+    one "global" ranking, or "adaptive" by how much outputs suffer. ``progressive``: layer by layer, in so many stages.
+    ``update_freq``, ``gradient``, ``regrow``, ``schedule`` are for training: ``fxslim.nn.MaskSettings``. What can't
+    follow the pattern (or ``chip``, at ``bits``) stays dense: ``ineligible`` "warn", "error" or "ignore". With
+    ``example_inputs`` or ``data`` weights that the model hands to a function are found.
     """
-    refuse_wrapped(model)
-    model = without_compile_wrapper(model)
-    wishes = _checked(pattern, ratio, method, scope, uniform)
-    given = None if data is None else repeatable(as_data(data, forward, loss))
-    if given is None and (wishes.method.needs or not uniform):
-        what = f"method {wishes.method.name!r}" if wishes.method.needs else "uniform=False"
-        raise ConfigError(f"{what} looks at data: give data=, batches that the model runs on")
-    stages = _stages(progressive, wishes.method)
-    examples: tuple[Inputs, ...] = () if example_inputs is None else tuple(as_inputs(example_inputs))
-    users = find_users(model, examples, given if not examples else None) if examples or given is not None else {}
-    notes: list[str] = []
+    wished, given = _checked(pattern, ratio, as_method(method), scope), _given(data, forward, loss)
+    settings = {"update_freq": update_freq, "gradient": gradient, "regrow": regrow, "schedule": schedule}
+    MaskSettings(pattern=wished.pattern, **settings)
     choice = LayerChoice(
         layers=layers, skip=skip, overrides=overrides or {}, ineligible=ineligible, chip=chip, bits=bits
-    )
-    patterns = choice.patterns(model, wishes.pattern, wishes.method, users, notes)
-    if not patterns:
-        raise ConfigError("no layer is left to make sparse" + "".join(f"\n  {note}" for note in notes))
-    if scope == "global" or not uniform:
-        patterns = _allotted(model, patterns, wishes, given, uniform)
-    made = tuple(
-        WeightPlan(
-            name=name,
-            settings=MaskSettings(
-                pattern=own, update_freq=update_freq, gradient=gradient, regrow=regrow,
-                schedule=schedule,
-            ),
-        )
-        for name, own in patterns.items()
     )  # fmt: skip
-    return SparsityPlan(
-        weights=made,
-        shapes={name: tuple(state.shape) for name, state in named_states(model)},
-        method=wishes.method,
-        progressive=stages,
-        notes=tuple(notes),
-        inputs=examples,
-        data=given,
+    refuse_wrapped(model)
+    examples = () if example_inputs is None else tuple(as_inputs(example_inputs))
+    return _planned(
+        without_compile_wrapper(model), wished, choice, given, examples, _stages(progressive, wished), settings
     )
 
 
@@ -128,38 +92,63 @@ def sparsify(model: nn.Module, pattern: Any = "2:4", *, optimizer: Optimizer | N
     return plan_sparsity(model, pattern, **wishes).apply(model, optimizer=optimizer)
 
 
-def _checked(pattern: Any, ratio: float | None, method: Any, scope: str, uniform: bool) -> _Wishes:
+def _planned(
+    model: nn.Module,
+    wished: _Wishes,
+    choice: LayerChoice,
+    data: Data | None,
+    examples: tuple[Inputs, ...],
+    stages: int,
+    settings: dict[str, Any],
+) -> SparsityPlan:
+    if data is None and (wished.method.needs or wished.scope == "adaptive"):
+        what = f"method {wished.method.name!r}" if wished.method.needs else "scope='adaptive'"
+        raise ConfigError(f"{what} looks at data: give data=, batches that the model runs on")
+    users = find_users(model, examples, None if examples else data)
+    patterns, notes = choice.patterns(model, wished.pattern, wished.method, users)
+    if not patterns:
+        raise ConfigError("no layer is left to make sparse" + "".join(f"\n  {note}" for note in notes))
+    if wished.scope == "global":
+        patterns = global_ratios(model, patterns, wished.method, data)
+    elif wished.scope == "adaptive":
+        assert data is not None
+        patterns = adaptive_ratios(model, patterns, wished.method, data)
+    return SparsityPlan(
+        weights=tuple(
+            WeightPlan(name=name, settings=MaskSettings(pattern=own, **settings)) for name, own in patterns.items()
+        ),
+        shapes={name: tuple(state.shape) for name, state in named_states(model)},
+        method=wished.method,
+        progressive=stages,
+        notes=tuple(notes),
+        inputs=examples,
+        data=data if wished.method.needs else None,
+    )
+
+
+def _given(data: Iterable[Any] | None, forward: Forward | None, loss: Loss | None) -> Data | None:
+    if data is None and (forward is not None or loss is not None):
+        raise ConfigError("forward= and loss= say how batches are run and scored: give data= with them")
+    return None if data is None else repeatable(as_data(data, forward, loss))
+
+
+def _checked(pattern: Any, ratio: float | None, method: Method, scope: str) -> _Wishes:
     if scope not in _SCOPES:
         raise ConfigError(unknown_name("scope", str(scope), _SCOPES))
-    if not isinstance(uniform, bool):
-        raise ConfigError(f"uniform must be True or False, got {uniform!r}")
-    chosen, found = as_method(method), as_pattern(pattern).at(ratio)
+    found = as_pattern(pattern).at(ratio)
     if found.removed() is None:
         found = found.at(_USUAL_RATIO)
-    if isinstance(found, NM) and (scope == "global" or not uniform):
-        asked = "scope='global'" if scope == "global" else "uniform=False"
-        raise ConfigError(f"{asked} gives layers ratios of their own, and {found} has one: take a pattern by ratio")
-    if scope == "global" and not uniform:
-        raise ConfigError("scope='global' ranks all weights together, uniform=False weighs layers: choose one")
-    return _Wishes(pattern=chosen.pattern_for(found), method=chosen)
+    if isinstance(found, NM) and scope != "layer":
+        raise ConfigError(f"scope={scope!r} gives layers ratios of their own, and {found} has one: take 'unstructured'")
+    return _Wishes(pattern=method.pattern_for(found), method=method, scope=scope)
 
 
-def _stages(progressive: bool | int, method: Method) -> int:
+def _stages(progressive: bool | int, wished: _Wishes) -> int:
     if isinstance(progressive, float) or not isinstance(progressive, int) or progressive < 0:
         raise ConfigError(f"progressive must be True, False or a number of stages, got {progressive!r}")
-    if progressive and not method.needs:
+    if progressive and not wished.method.needs:
         raise ConfigError(
-            f"progressive= looks at what layers read once others are sparse, and method {method.name!r} at weights "
-            "alone: give method='hessian', 'wanda', 'par' or 'first_order', or a schedule= for training"
+            f"progressive= looks at what layers read once others are sparse, and method {wished.method.name!r} at "
+            "weights alone: give method='hessian', 'wanda', 'par' or 'first_order', or a schedule= for training"
         )
     return int(progressive)
-
-
-def _allotted(
-    model: nn.Module, patterns: dict[str, Pattern], wishes: _Wishes, data: Data | None, uniform: bool
-) -> dict[str, Pattern]:
-    """The patterns with ratios of their own that together remove what the given ones do."""
-    if not uniform:
-        assert data is not None
-        return adaptive_ratios(model, patterns, wishes.method, data)
-    return global_ratios(model, patterns, wishes.method, data)

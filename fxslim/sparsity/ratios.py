@@ -25,13 +25,14 @@ def global_ratios(
 ) -> dict[str, Pattern]:
     """The lowest entries or blocks of all layers together go, as many entries as the given ratios remove."""
     weights = {name: Weight(model, name) for name in patterns}
-    scores, sizes, owners, totals = [], [], [], {}
+    scores, sizes, owners = [], [], []
+    totals: dict[str, int] = {}
     for some, seen in seen_by_weight(model, weights, method, data):
         for name in some:
             rows = weights[name].rows()
-            found, size = _by_unit(method.scores(rows, seen[name], patterns[name]), patterns[name])
+            found, units = _by_unit(method.scores(rows, seen[name], patterns[name]), patterns[name])
             scores.append(found.double().cpu().numpy())
-            sizes.append(size.cpu().numpy())
+            sizes.append(units.cpu().numpy())
             owners.append(np.full(len(found), len(totals)))
             totals[name] = rows.numel()
     order = np.argsort(np.concatenate(scores), kind="stable")
@@ -40,12 +41,12 @@ def global_ratios(
     wanted = sum(totals[name] * (pattern.removed() or 0.0) for name, pattern in patterns.items())
     if wanted > most.sum():
         raise ConfigError(f"ratio is above {_MOST}, which is the most that scope='global' takes from a layer")
-    removed, units = _fill(size, owner, most, wanted)
+    removed, nums = _fill(size, owner, most, wanted)
     made = {}
     for i, name in enumerate(totals):
         pattern = patterns[name]
         whole = len(scores[i]) if isinstance(pattern, Block) else totals[name]
-        made[name] = pattern.gentler(float(units[i] if isinstance(pattern, Block) else removed[i]) / whole)
+        made[name] = pattern.gentler(float(nums[i] if isinstance(pattern, Block) else removed[i]) / whole)
     return made
 
 
@@ -135,5 +136,5 @@ def _least_error(curves: Mapping[str, np.ndarray], sizes: Mapping[str, int], wan
         if share < 1:
             return found
     if wanted > 1e-6:
-        raise ConfigError(f"uniform=False takes at most {(_GRID - 1) / _GRID:.0%} from a layer: give a lower ratio")
+        raise ConfigError(f"scope='adaptive' takes at most {(_GRID - 1) / _GRID:.0%} from a layer: give a lower ratio")
     return found

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,9 +97,7 @@ class WeightUses(TorchDispatchMode):
             output_padding=output_paddings, groups=groups,
         )  # fmt: skip
         rows = weight.shape[1] * groups if transposed else weight.shape[0]
-        self.hear(
-            WeightUse(name=found[0], x=x, first=0, last=rows, module=self._module(), convolution=convolution)
-        )
+        self.hear(WeightUse(name=found[0], x=x, first=0, last=rows, module=self._module(), convolution=convolution))
 
     def _see_product(self, left: Tensor, right: Tensor) -> None:
         """x times (a part of) a weight transposed, so that its rows are the columns of the right factor."""
@@ -166,7 +163,10 @@ def _spread(x: Tensor, setting: Convolution, kernel: tuple[int, ...]) -> Tensor:
     """The input with zeros in between, over which a transposed convolution is a plain one."""
     sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], setting.stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, stride) for stride in setting.stride))] = x
+    inner = wide
+    for dim, stride in enumerate(setting.stride):
+        inner = inner[(slice(None),) * (2 + dim) + (slice(None, None, stride),)]
+    inner.copy_(x)
     edges = []
     for dim in reversed(range(len(kernel))):
         edge = setting.dilation[dim] * (kernel[dim] - 1) - setting.padding[dim]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import ConfigError
-from fxslim.patterns import Pattern, Unstructured
+from fxslim.patterns import NM, Block, Pattern, Unstructured
 from fxslim.sparsity.methods.method import Method, Seen, input_norms
 from fxslim.sparsity.second_order import prune_by_hessian
 
@@ -40,9 +40,12 @@ class Hessian(Method):
 
     def choose(self, weight: Tensor, seen: Seen, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
         """Part by part: rows that read the same."""
+        if not isinstance(pattern, NM | Block | Unstructured):
+            raise ConfigError(f"method 'hessian' knows no pattern {pattern}: take another method")
         masks, values, done, gone = [], [], 0, 0
         for part in seen.parts:
-            rows, own = weight[part.first : part.last], pattern
+            rows = weight[part.first : part.last]
+            own: NM | Block | Unstructured = pattern
             if isinstance(pattern, Unstructured) and not pattern.per_output and len(seen.parts) > 1:
                 # Rounded once for all parts together.
                 done += rows.numel()
