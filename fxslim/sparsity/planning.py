@@ -2,7 +2,7 @@
 """plan_sparsity and sparsify: from what a user wishes to a plan."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -68,16 +68,16 @@ def plan_sparsity(
     ``example_inputs`` or ``data`` weights that the model hands to a function are found.
     """
     wished, given = _checked(pattern, ratio, as_method(method), scope), _given(data, forward, loss)
-    settings = {"update_freq": update_freq, "gradient": gradient, "regrow": regrow, "schedule": schedule}
-    MaskSettings(pattern=wished.pattern, **settings)
+    settings = MaskSettings(
+        pattern=wished.pattern, update_freq=update_freq, gradient=gradient, regrow=regrow, schedule=schedule
+    )
     choice = LayerChoice(
         layers=layers, skip=skip, overrides=overrides or {}, ineligible=ineligible, chip=chip, bits=bits
     )  # fmt: skip
     refuse_wrapped(model)
     examples = () if example_inputs is None else tuple(as_inputs(example_inputs))
-    return _planned(
-        without_compile_wrapper(model), wished, choice, given, examples, _stages(progressive, wished), settings
-    )
+    model, stages = without_compile_wrapper(model), _stages(progressive, wished)
+    return _planned(model, wished, choice, given, examples, stages, settings)
 
 
 def sparsify(model: nn.Module, pattern: Any = "2:4", *, optimizer: Optimizer | None = None, **wishes: Any) -> nn.Module:
@@ -99,7 +99,7 @@ def _planned(
     data: Data | None,
     examples: tuple[Inputs, ...],
     stages: int,
-    settings: dict[str, Any],
+    settings: MaskSettings,
 ) -> SparsityPlan:
     if data is None and (wished.method.needs or wished.scope == "adaptive"):
         what = f"method {wished.method.name!r}" if wished.method.needs else "scope='adaptive'"
@@ -114,9 +114,7 @@ def _planned(
         assert data is not None
         patterns = adaptive_ratios(model, patterns, wished.method, data)
     return SparsityPlan(
-        weights=tuple(
-            WeightPlan(name=name, settings=MaskSettings(pattern=own, **settings)) for name, own in patterns.items()
-        ),
+        weights=tuple(WeightPlan(name=name, settings=replace(settings, pattern=own)) for name, own in patterns.items()),
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         method=wished.method,
         progressive=stages,
