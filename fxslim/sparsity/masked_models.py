@@ -41,7 +41,8 @@ def _mask_layer(model: nn.Module, layer: str, wanted: Mapping[str, MaskSettings]
     if type(parent) is nn.MultiheadAttention and layer.endswith("out_proj"):
         # Its own forward is never called: the owner puts the mask on.
         changes.set_attribute(parent, "__class__", MaskedMultiheadAttention)
-        MaskedMultiheadAttention.start_masking(parent, setting, ())
+        owner: Any = parent
+        owner.start_masking(setting, ())
     plain = type(module)
     changes.set_attribute(module, "__class__", COUNTERPARTS[plain])
     module.start_masking(setting, tuple(wanted))
