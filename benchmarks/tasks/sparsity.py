@@ -24,8 +24,8 @@ from benchmarks.tasks.glyphs import CLASSES
 from benchmarks.tasks.masked_rows import RIVALS, masked_layers, ours, share_of_zeros
 from benchmarks.tasks.paired_intervals import paired_interval
 from benchmarks.tasks.remembering import Memory, source_digest
-from benchmarks.timing import machine
 from benchmarks.tasks.training import reestimate_norms
+from benchmarks.timing import machine
 
 METHODS = ("magnitude", "wanda", "par", "hessian", "magnitude+ste")
 REFERENCE = "plain mask"
@@ -113,7 +113,9 @@ def arguments() -> argparse.Namespace:
 
 def head(options: argparse.Namespace) -> list[str]:
     given = {name: value for name, value in vars(options).items() if name != "report"}
-    words = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()]
+    words = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()
+    ]
     text = f"""Letters in {len(CLASSES)} classes, 3x32x32, 60,000 training and 20,000 test images, generated
     (`benchmarks/tasks/`). Test accuracy in percent, mean of {options.seeds} trainings; differences from a plain
     magnitude mask (torch.nn.utils.prune) are paired by training, with 95 % intervals (Student's t); a star marks
