@@ -10,14 +10,14 @@ Run = tuple[int, int]
 
 
 class Columns:
-    """The columns of a weight as rows of ``values``: new ones up to where the walk is, then old ones.
+    """The columns of a weight, given as rows of ``values``: new ones up to where the walk is, then old ones.
 
     ``factor`` is the upper R of the products ``R @ R.t()`` of the inputs. Column j of the error ``(old - new) @ R``
     holds no weights after j, so the best value beside given earlier ones is the one that makes it 0:
     ``old + (old - new of earlier ones) @ R[:, j] / R[j, j]``. No inverse is needed. To remove w from column j then
     costs ``(w * R[j, j])**2``, where all later columns make up for it.
 
-    >>> columns = Columns(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    >>> columns = Columns(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     >>> for start, stop in columns.walk([(0, 1), (1, 2)], 128):
     ...     columns.settle(start, stop, columns.values[start:stop] * start)
     >>> columns.values
@@ -25,8 +25,8 @@ class Columns:
             [2.]])
     """
 
-    def __init__(self, weight: Tensor, factor: Tensor) -> None:
-        self.values = weight.t().contiguous()
+    def __init__(self, values: Tensor, factor: Tensor) -> None:
+        self.values = values.clone()
         self.scale = factor.diagonal().unsqueeze(1)
         self._change = torch.empty_like(self.values)
         self._spread = factor / factor.diagonal()

@@ -52,21 +52,22 @@ def _removed_by_columns(
     rows: Tensor, products: Tensor, pattern: NM | Unstructured, damping: float, channels: int, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """New rows and their mask."""
+    outputs, positions = len(rows), len(products) // channels
     # (position, in channel): the channels of a group are neighbours.
-    order = torch.arange(len(products), device=rows.device).view(channels, -1).t().flatten()
+    ordered = products.view(channels, positions, channels, positions).permute(1, 0, 3, 2).reshape(products.shape)
+    values = rows.view(outputs, channels, positions).permute(2, 1, 0).reshape(-1, outputs)
     # The other way round a lower factor is an upper one.
-    backwards = order.flip(0)
-    _, lower = factor_damped(products.index_select(0, backwards).index_select(1, backwards), damping)
+    _, lower = factor_damped(ordered.flip(0, 1), damping)
     factor = lower.flip(0, 1)
-    columns = Columns(rows[:, order], factor)
+    columns = Columns(values.contiguous(), factor)
     if isinstance(pattern, Unstructured):
         mask = remove_entries(columns, pattern, block_size)
     elif pattern.axis == 0:
         mask = remove_along_outputs(columns, pattern, block_size)
     else:
         mask = remove_along_inputs(columns, factor, pattern, channels, block_size)
-    back = order.argsort()
-    return columns.values.index_select(0, back).t(), mask.index_select(0, back).t()
+    found, kept = (each.view(positions, channels, outputs).permute(2, 1, 0) for each in (columns.values, mask))
+    return found.reshape(rows.shape), kept.reshape(rows.shape)
 
 
 def _check(weight: Tensor, gram: Tensor, pattern: Any, damping: Any, block_size: Any) -> None:
@@ -90,6 +91,7 @@ def _check(weight: Tensor, gram: Tensor, pattern: Any, damping: Any, block_size:
         ("weight", weight, ConfigError, "mend the model first"),
         ("gram", gram, CalibrationError, "look for NaN or infinity in the calibration data, or for overflow in sums"),
     ):
-        num_odd = value.numel() - int(value.isfinite().sum())
-        if num_odd:
+        # The smallest and largest tell in one pass.
+        if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+            num_odd = int((~value.isfinite()).sum())
             raise error(f"{num_odd} of {value.numel()} entries of {name} are NaN or infinite: {cause}")
