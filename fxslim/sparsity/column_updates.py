@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-Run = tuple[int, int]
+from fxslim.sparsity.column_order import Run
 
 
 class Columns:

@@ -5,28 +5,24 @@ import torch
 from torch import Tensor
 
 from fxslim.patterns import Unstructured
+from fxslim.sparsity.column_order import Run
 from fxslim.sparsity.column_updates import Columns
 
-# Columns that are chosen together. Fewer see more of what was removed before; but an output needs some to choose from.
-_TOGETHER, _TOGETHER_PER_OUTPUT = 8, 32
 
-
-def remove_entries(columns: Columns, pattern: Unstructured, block_size: int) -> Tensor:
+def remove_entries(columns: Columns, runs: list[Run], pattern: Unstructured, block_size: int) -> Tensor:
     """The mask, as columns.
 
-    How many go where follows from the costs at the start: early columns are cheap, as all later ones make up for
-    them. Which ones go is decided by the costs when their turn comes.
+    How many go in each run follows from the costs at the start: early columns are cheap, as all later ones make up
+    for them. Which ones go is decided by the costs when their turn comes.
     """
     mask = torch.ones_like(columns.values, dtype=torch.bool)
-    size = min(_TOGETHER_PER_OUTPUT if pattern.per_output else _TOGETHER, block_size)
     # A column of these is what shares one count: an output, or the whole weight.
     shared = (-1, mask.shape[1] if pattern.per_output else 1)
     cost = (columns.values * columns.scale).square_().view(shared)
     num_removed = round((pattern.ratio or 0.0) * len(cost))
     if not num_removed:
         return mask
-    counts = count_lowest(cost, num_removed, size * mask[0].numel() // shared[1])
-    runs = [(start, min(start + size, len(mask))) for start in range(0, len(mask), size)]
+    counts = count_lowest(cost, num_removed, runs[0][1] * mask.shape[1] // cost.shape[1])
     for count, (start, stop) in zip(counts, columns.walk(runs, block_size), strict=True):
         cost = (columns.values[start:stop] * columns.scale[start:stop]).square_()
         mask[start:stop] = keep_highest(cost.view(shared), count).view(cost.shape)

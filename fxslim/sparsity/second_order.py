@@ -10,6 +10,7 @@ from torch import Tensor
 from fxslim.errors import CalibrationError, ConfigError
 from fxslim.patterns import NM, Block, Unstructured
 from fxslim.sparsity.block_removal import remove_blocks
+from fxslim.sparsity.column_order import order_columns
 from fxslim.sparsity.column_updates import Columns
 from fxslim.sparsity.damped_factor import factor_damped, scale_products
 from fxslim.sparsity.entry_removal import remove_entries
@@ -31,17 +32,19 @@ def prune_by_hessian(
     >>> prune_by_hessian(torch.tensor([[3.0, 2.0]]), gram, NM(1, 2), damping=0.0)
     (tensor([[ True, False]]), tensor([[4., 0.]]))
 
-    Columns are looked at from the first to the last, ``block_size`` of them between large products; blocks of filters
-    (``Block``) all at once. Computed in float32, in float64 for such weights.
+    Columns are looked at one run after another, ``block_size`` of them between large products; blocks (``Block``) all
+    at once. Computed in float32, in float64 for such weights.
     """
     _check(weight, gram, pattern, damping, block_size)
+    if not weight.numel():
+        return torch.ones_like(weight, dtype=torch.bool), weight.detach().clone()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.detach().flatten(1).to(dtype)
     # Scaled as given: float64 sums may be too large for float32.
     products = scale_products(gram.detach()).to(dtype)
     rows = rows.masked_fill(gram.diagonal() <= 0, 0)
     if isinstance(pattern, Block):
-        mask = remove_blocks(rows, products, damping, pattern, weight.shape)
+        rows, mask = remove_blocks(rows, products, damping, pattern, weight.shape)
     else:
         rows, mask = _removed_by_columns(rows, products, pattern, damping, weight.shape[1], block_size)
     new = rows.masked_fill(~mask, 0).to(weight.dtype)
@@ -52,22 +55,20 @@ def _removed_by_columns(
     rows: Tensor, products: Tensor, pattern: NM | Unstructured, damping: float, channels: int, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """New rows and their mask."""
-    outputs, positions = len(rows), len(products) // channels
-    # (position, in channel): the channels of a group are neighbours.
-    ordered = products.view(channels, positions, channels, positions).permute(1, 0, 3, 2).reshape(products.shape)
-    values = rows.view(outputs, channels, positions).permute(2, 1, 0).reshape(-1, outputs)
+    order, runs = order_columns(products.diagonal(), channels, pattern, block_size)
     # The other way round a lower factor is an upper one.
-    _, lower = factor_damped(ordered.flip(0, 1), damping)
+    backwards = order.flip(0)
+    _, lower = factor_damped(products.index_select(0, backwards).index_select(1, backwards), damping)
     factor = lower.flip(0, 1)
-    columns = Columns(values.contiguous(), factor)
+    columns = Columns(rows.t().index_select(0, order), factor)
     if isinstance(pattern, Unstructured):
-        mask = remove_entries(columns, pattern, block_size)
+        mask = remove_entries(columns, runs, pattern, block_size)
     elif pattern.axis == 0:
-        mask = remove_along_outputs(columns, pattern, block_size)
+        mask = remove_along_outputs(columns, runs, pattern, block_size)
     else:
-        mask = remove_along_inputs(columns, factor, pattern, channels, block_size)
-    found, kept = (each.view(positions, channels, outputs).permute(2, 1, 0) for each in (columns.values, mask))
-    return found.reshape(rows.shape), kept.reshape(rows.shape)
+        mask = remove_along_inputs(columns, factor, runs, pattern, block_size)
+    back = order.argsort()
+    return columns.values.index_select(0, back).t(), mask.index_select(0, back).t()
 
 
 def _check(weight: Tensor, gram: Tensor, pattern: Any, damping: Any, block_size: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxslim.patterns import NM, Block, Pattern, Unstructured, check
+from fxslim.sparsity.column_order import order_columns
 from fxslim.sparsity.second_order import prune_by_hessian
 from tests.sparsity.oracles import best_row, correlated_gram, damped_gram, output_error, refit_row, textbook_row
 
@@ -76,7 +77,7 @@ PATTERNS: list[Pattern] = [
 def masked_by_magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
     if not isinstance(pattern, Block):
         return weight * pattern.mask(weight.abs())
-    # The blocks with the lowest mean, by the mask of a diagonal gram's errors: those are means of squares.
+    # By the mean of squares: the error where inputs are alike and have nothing in common.
     squares = weight.square().unflatten(1, (-1, pattern.cin)).unflatten(0, (-1, pattern.cout))
     means = squares.flatten(4).mean((1, 3)) if weight.dim() > 2 else squares.mean((1, 3))
     if weight.dim() > 2 and not pattern.per_position:
@@ -114,7 +115,8 @@ def test_one_group_is_the_optimum_over_all_masks(pattern: NM, kind: str) -> None
 
 
 def test_the_first_group_goes_as_is_best_when_all_later_columns_make_up_for_it() -> None:
-    weight, gram = torch.randn(6, 12, dtype=torch.float64), correlated_gram(12)
+    strength = torch.tensor([5.0] * 4 + [1.0] * 8).double()
+    weight, gram = torch.randn(6, 12, dtype=torch.float64), correlated_gram(12) * strength * strength.unsqueeze(1)
     mask, _ = prune_by_hessian(weight, gram, NM(2, 4))
     for row, found in zip(weight, mask, strict=True):
         masks = [torch.tensor([*some, *[True] * 8]) for some in product([True, False], repeat=4) if sum(some) == 2]
@@ -127,10 +129,11 @@ def test_the_first_group_goes_as_is_best_when_all_later_columns_make_up_for_it()
 def test_compensation_is_the_textbook_loop(pattern: Pattern, block_size: int) -> None:
     weight, gram = torch.randn(3, 10, 2, dtype=torch.float64), correlated_gram(20, kind="relu")
     mask, new = prune_by_hessian(weight, gram, pattern, block_size=block_size)
-    order = torch.arange(20).view(10, 2).t().flatten()
+    order, runs = order_columns(gram.diagonal(), 10, pattern, block_size)
+    assert sorted(order.tolist()) == list(range(20))
     gram = damped_gram(gram)[order][:, order]
-    size = pattern.m if isinstance(pattern, NM) and pattern.axis == 1 else 1
-    runs = [(at + first, at + min(first + size, 10)) for at in (0, 10) for first in range(0, 10, size)]
+    if not (isinstance(pattern, NM) and pattern.axis == 1):
+        runs = [(column, column + 1) for column in range(20)]
     for row, kept, found in zip(weight.flatten(1), mask.flatten(1), new.flatten(1), strict=True):
         wanted = textbook_row(row[order], gram, runs, lambda start, stop, kept=kept[order]: kept[start:stop])
         torch.testing.assert_close(found[order], wanted, rtol=1e-8, atol=1e-10)
@@ -151,8 +154,8 @@ def test_one_block_is_the_best_one_and_the_fit_is_exact(num_blocks: int) -> None
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
-def test_several_blocks_are_fitted_exactly_and_near_the_best(ratio: float) -> None:
-    """Chosen one by one: the best set of blocks is at most a quarter better, and mostly it is found."""
+def test_several_blocks_are_fitted_exactly_and_of_few_the_best_go(ratio: float) -> None:
+    """They are chosen one by one, which need not find the best set; of six it does."""
     pattern, distances = Block(cin=2, cout=3, ratio=ratio), []
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
@@ -166,12 +169,10 @@ def test_several_blocks_are_fitted_exactly_and_near_the_best(ratio: float) -> No
         for removed in combinations(range(6), pattern.num_removed((6, 6))):
             blocks = torch.ones(6, dtype=torch.bool).index_fill(0, torch.tensor(removed), False).view(2, 3)
             kept = blocks.repeat_interleave(3, 0).repeat_interleave(2, 1)
-            errors.append(
-                output_error(weight, torch.stack([refit_row(*each, damped) for each in zip(weight, kept)]), damped)
-            )
+            refitted = [refit_row(row, stays, damped) for row, stays in zip(weight, kept, strict=True)]
+            errors.append(output_error(weight, torch.stack(refitted), damped))
         distances.append(output_error(weight, new, damped) / min(errors))
-    assert min(distances) == pytest.approx(1)
-    print(distances)
+    assert distances == pytest.approx([1] * 12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
