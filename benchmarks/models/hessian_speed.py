@@ -3,6 +3,7 @@
 
 import argparse
 import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import machine, median_ratio, take_turns
-from fxslim.patterns import NM, Block, Pattern, Unstructured
-from fxslim.sparsity.second_order import prune_by_hessian
+from fxslim.patterns import NM, Block, Unstructured
+from fxslim.sparsity.second_order import Patterns, prune_by_hessian
 
-PATTERNS: list[Pattern] = [
-    NM(2, 4), NM(4, 8), Unstructured(0.5), Unstructured(0.5, per_output=True), Block(ratio=0.5),
+# And sweeps.
+CASES: list[tuple[Patterns, int]] = [
+    (NM(2, 4), 0), (NM(2, 4), 1), (NM(4, 8), 0), (Unstructured(0.5), 0), (Unstructured(0.5), 1),
+    (Unstructured(0.5, per_output=True), 0), (Block(ratio=0.5), 0),
 ]  # fmt: skip
 BLOCK_SIZE = 128
 
@@ -46,7 +49,7 @@ def error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     return float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum())
 
 
-def by_magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
+def by_magnitude(weight: Tensor, pattern: Patterns) -> Tensor:
     """Without the smallest weights, or the blocks whose mean is lowest."""
     if not isinstance(pattern, Block):
         return weight * pattern.mask(weight.abs())
@@ -58,20 +61,22 @@ def by_magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
 def rows(size: int, rounds: int) -> list[str]:
     weight, gram = correlated(size)
     contestants: dict[str, Callable[[], object]] = {"needed": lambda: needed(weight, gram)}
-    for pattern in PATTERNS:
-        contestants[str(pattern)] = lambda pattern=pattern: prune_by_hessian(
-            weight, gram, pattern, block_size=BLOCK_SIZE
-        )
+    results: dict[str, Tensor] = {}
+
+    def prune(name: str, pattern: Patterns, sweeps: int) -> None:
+        _, results[name] = prune_by_hessian(weight, gram, pattern, block_size=BLOCK_SIZE, sweeps=sweeps)
+
+    for pattern, sweeps in CASES:
+        name = f"{pattern} | {sweeps}"
+        contestants[name] = functools.partial(prune, name, pattern, sweeps)
     seconds = take_turns(contestants, weight.device, rounds)
     lines = []
-    for pattern in PATTERNS:
-        _, new = prune_by_hessian(weight, gram, pattern, block_size=BLOCK_SIZE)
-        name, best = str(pattern), min(seconds[str(pattern)])
+    for (pattern, _), name in zip(CASES, list(contestants)[1:], strict=True):
         ratio = median_ratio(seconds[name], seconds["needed"])
         plain = error(weight, by_magnitude(weight, pattern), gram)
         lines.append(
-            f"| {size} | {name} | {best:.2f} | {min(seconds['needed']):.2f} | {ratio:.2f} | "
-            f"{error(weight, new, gram):.4f} | {plain:.4f} |"
+            f"| {size} | {name} | {min(seconds[name]):.2f} | {min(seconds['needed']):.2f} | {ratio:.2f} | "
+            f"{error(weight, results[name], gram):.4f} | {plain:.4f} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -92,7 +97,8 @@ def main() -> None:
         "take turns in one process, and times is the median over rounds of ours / needed. Error: of the outputs,",
         "tr(dW G dW') / tr(W G W'), on correlated inputs as behind a ReLU; magnitude: the same pattern, nothing else",
         "changed. Reproduce: `python -m benchmarks.models.hessian_speed`.",
-        "", "| size | pattern | s | needed s | times | error | magnitude's |", "|---|---|---|---|---|---|---|",
+        "", "| size | pattern | sweeps | s | needed s | times | error | magnitude's |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     path = options.report / f"{datetime.date.today()}-hessian.md"
     path.write_text("\n".join([*head, *lines, ""]))

@@ -13,18 +13,18 @@ Run = tuple[int, int]
 _TOGETHER, _TOGETHER_PER_OUTPUT = 8, 32
 
 
-def order_columns(energy: Tensor, channels: int, pattern: NM | Unstructured, most: int) -> tuple[Tensor, list[Run]]:
+def order_columns(energy: Tensor, channels: int, pattern: NM | Unstructured) -> tuple[Tensor, list[Run]]:
     """Columns of ``weight.flatten(1)`` in order, and the runs of them, (start, stop), that are chosen together.
 
     ``energy`` is the sum of squares of what each column reads. Where counts are fixed, the strongest inputs come
     first: most others can still make up for their weights. Where they are free, the weakest do: most of their weights
     go, and the strong ones make up for them.
 
-    >>> order_columns(torch.tensor([1.0, 2.0, 2.0, 3.0, 1.0]), 5, NM(1, 2), 128)
+    >>> order_columns(torch.tensor([1.0, 2.0, 2.0, 3.0, 1.0]), 5, NM(1, 2))
     (tensor([2, 3, 0, 1, 4]), [(0, 2), (2, 4), (4, 5)])
     """
     if isinstance(pattern, Unstructured):
-        size = min(_TOGETHER_PER_OUTPUT if pattern.per_output else _TOGETHER, most)
+        size = _TOGETHER_PER_OUTPUT if pattern.per_output else _TOGETHER
         return energy.argsort(stable=True), _runs(len(part) for part in energy.split(size))
     if pattern.axis == 0:
         return energy.argsort(stable=True, descending=True), _runs([1] * len(energy))

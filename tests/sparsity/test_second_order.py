@@ -129,7 +129,7 @@ def test_the_first_group_goes_as_is_best_when_all_later_columns_make_up_for_it()
 def test_compensation_is_the_textbook_loop(pattern: Pattern, block_size: int) -> None:
     weight, gram = torch.randn(3, 10, 2, dtype=torch.float64), correlated_gram(20, kind="relu")
     mask, new = prune_by_hessian(weight, gram, pattern, block_size=block_size)
-    order, runs = order_columns(gram.diagonal(), 10, pattern, block_size)
+    order, runs = order_columns(gram.diagonal(), 10, pattern)
     assert sorted(order.tolist()) == list(range(20))
     gram = damped_gram(gram)[order][:, order]
     if not (isinstance(pattern, NM) and pattern.axis == 1):
@@ -137,6 +137,22 @@ def test_compensation_is_the_textbook_loop(pattern: Pattern, block_size: int) ->
     for row, kept, found in zip(weight.flatten(1), mask.flatten(1), new.flatten(1), strict=True):
         wanted = textbook_row(row[order], gram, runs, lambda start, stop, kept=kept[order]: kept[start:stop])
         torch.testing.assert_close(found[order], wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", PATTERNS[:8], ids=str)
+def test_sweeps_lower_the_error_of_each_row_down_to_least_squares(pattern: Pattern, kind: str) -> None:
+    weight, gram = torch.randn(5, 20, dtype=torch.float64), correlated_gram(20, kind=kind)
+    damped = damped_gram(gram)
+    mask, before = prune_by_hessian(weight, gram, pattern)
+    for sweeps in (1, 2, 300):
+        same, new = prune_by_hessian(weight, gram, pattern, sweeps=sweeps, block_size=7)
+        assert torch.equal(mask, same)
+        for row, first, second in zip(weight, before, new, strict=True):
+            assert output_error(row[None], second[None], damped) <= output_error(row[None], first[None], damped)
+        before = new
+    wanted = torch.stack([refit_row(row, kept, damped) for row, kept in zip(weight, mask, strict=True)])
+    torch.testing.assert_close(before, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 4, 6])

@@ -32,6 +32,7 @@ def test_odd_numbers_are_counted(odd: float) -> None:
         ({"damping": True}, "damping=True must be a number >= 0"),
         ({"damping": torch.inf}, "damping=inf must be a number >= 0"),
         ({"block_size": 0}, "block_size=0 must be an integer >= 1"),
+        ({"sweeps": -1}, "sweeps=-1 must be an integer >= 0"),
         ({"weight": torch.ones(4)}, r"weight must be \(out, in, \*kernel\) of floats, got \(4,\) of torch.float32"),
         ({"weight": torch.ones(2, 4).int()}, r"got \(2, 4\) of torch.int32"),
         ({"gram": torch.eye(3)}, r"\(2, 4\) reads 4 values: gram must be 4 x 4 .* got \(3, 3\) of torch.float32"),
