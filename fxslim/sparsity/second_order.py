@@ -43,7 +43,7 @@ def prune_by_hessian(
         return torch.ones_like(weight, dtype=torch.bool), weight.detach().clone()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.detach().flatten(1).to(dtype)
-    # Scaled as given: float64 sums may be too large for float32.
+    # Scaled before it is rounded: float64 sums may be too large for float32.
     products = scale_products(gram.detach()).to(dtype)
     rows = rows.masked_fill(gram.diagonal() <= 0, 0)
     if isinstance(pattern, Block):
@@ -51,7 +51,7 @@ def prune_by_hessian(
     else:
         rows, mask = _removed_by_columns(rows, products, pattern, damping, weight.shape[1], block_size, sweeps)
     new = rows.masked_fill(~mask, 0).to(weight.dtype)
-    return mask.view(weight.shape), new.view(weight.shape)
+    return mask.reshape(weight.shape).contiguous(), new.reshape(weight.shape).contiguous()
 
 
 def _removed_by_columns(
