@@ -23,7 +23,8 @@ def remove_blocks(
     inverse = torch.cholesky_inverse(lower)
     parts = column_parts(shape, pattern)
     filters = torch.arange(len(rows), device=rows.device).split(pattern.cout)
-    cost = torch.stack([_costs(rows, inverse, part, pattern.cout) for part in parts], 1)
+    own = [inverse[part[:, None], part] for part in parts]
+    cost = torch.stack([costs(rows[:, part], own[at], pattern.cout) for at, part in enumerate(parts)], 1)
     num_removed = pattern.num_removed(tuple(shape))
     rounds = min(num_removed, _MOST_ROUNDS) if cost.numel() <= _FEW_BLOCKS else 1
     new, mask = rows.clone(), torch.ones_like(rows, dtype=torch.bool)
@@ -37,9 +38,11 @@ def remove_blocks(
             mask[some[:, None], torch.cat(gone).to(rows.device)] = False
             new[some] = fit_rest(rows[some], damped, inverse, mask[some[0]])
             if number < rounds:
-                rest = inverse_without(inverse, (~mask[some[0]]).nonzero().squeeze(1))
+                known = known_from(inverse, (~mask[some[0]]).nonzero().squeeze(1))
                 for place in (~cost[index].isinf()).nonzero().flatten().tolist():
-                    cost[index, place] = _costs(new[some], rest, parts[place], len(some)).squeeze()
+                    part = parts[place]
+                    rest = own[place] - known[:, part].t() @ known[:, part]
+                    cost[index, place] = costs(new[some[:, None], part], rest, len(some)).squeeze()
     return new, mask
 
 
@@ -75,17 +78,28 @@ def fit_rest(rows: Tensor, damped: Tensor, inverse: Tensor, kept: Tensor) -> Ten
     return new
 
 
-def inverse_without(inverse: Tensor, goes: Tensor) -> Tensor:
-    """Of the products without these columns, given that of all; near 0 in their place.
+def known_from(inverse: Tensor, goes: Tensor) -> Tensor:
+    """F, where ``inverse - F.t() @ F`` is the inverse of the products without the columns that go.
 
-    >>> products = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
-    >>> inverse_without(products.inverse(), torch.tensor([1])).round(decimals=5).abs()
+    >>> inverse = torch.tensor([[4.0, 1.0], [1.0, 2.0]]).inverse()
+    >>> known = known_from(inverse, torch.tensor([1]))
+    >>> (inverse - known.t() @ known).round(decimals=5).abs()
     tensor([[0.2500, 0.0000],
             [0.0000, 0.0000]])
     """
     _, lower = factor_damped(inverse[goes[:, None], goes], 0.0)
-    half = torch.linalg.solve_triangular(lower, inverse[goes], upper=False)
-    return inverse - half.t() @ half
+    return torch.linalg.solve_triangular(lower, inverse[goes], upper=False)
+
+
+def costs(columns: Tensor, inverse: Tensor, cout: int) -> Tensor:
+    """Of each block of filters, for each entry: ``w @ inv(inverse) @ w``; inverse is that of all, at these columns.
+
+    >>> costs(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.25]]), 1)
+    tensor([ 4., 36.], dtype=torch.float64)
+    """
+    _, lower = factor_damped(inverse.double(), 0.0)
+    half = torch.linalg.solve_triangular(lower, columns.double().t(), upper=False)
+    return torch.stack([each.square().mean() for each in half.split(cout, 1)])
 
 
 def _lowest(cost: Tensor, num: int) -> Tensor:
@@ -94,10 +108,3 @@ def _lowest(cost: Tensor, num: int) -> Tensor:
     chosen = torch.zeros_like(order, dtype=torch.bool)
     chosen[order[:num]] = True
     return chosen.flip(0).view(cost.shape)
-
-
-def _costs(rows: Tensor, inverse: Tensor, part: Tensor, cout: int) -> Tensor:
-    """Of each block of filters at some columns, for each entry: ``w @ inv(inverse of these columns) @ w``."""
-    block = rows[:, part].double()
-    solved = torch.linalg.solve(inverse[part[:, None], part].double(), block.t()).t()
-    return torch.stack([each.mean() for each in (block * solved).split(cout)])
