@@ -21,7 +21,7 @@ def remove_blocks(
     """
     damped, lower = factor_damped(products, damping)
     inverse = torch.cholesky_inverse(lower)
-    parts = column_parts(shape, pattern)
+    parts = [part.to(rows.device) for part in column_parts(shape, pattern)]
     filters = torch.arange(len(rows), device=rows.device).split(pattern.cout)
     own = [inverse[part[:, None], part] for part in parts]
     cost = torch.stack([costs(rows[:, part], own[at], pattern.cout) for at, part in enumerate(parts)], 1)
@@ -35,7 +35,7 @@ def remove_blocks(
         for index in chosen.any(1).nonzero().flatten().tolist():
             some = filters[index]
             gone = [part for part, infinite in zip(parts, cost[index].isinf().tolist(), strict=True) if infinite]
-            mask[some[:, None], torch.cat(gone).to(rows.device)] = False
+            mask[some[:, None], torch.cat(gone)] = False
             new[some] = fit_rest(rows[some], damped, inverse, mask[some[0]])
             if number < rounds:
                 known = known_from(inverse, (~mask[some[0]]).nonzero().squeeze(1))

@@ -126,9 +126,10 @@ def test_the_first_group_goes_as_is_best_when_all_later_columns_make_up_for_it()
 
 @pytest.mark.parametrize("block_size", [1, 8, 11, 128])
 @pytest.mark.parametrize("pattern", PATTERNS[:8], ids=str)
-def test_compensation_is_the_textbook_loop(pattern: Pattern, block_size: int) -> None:
+def test_compensation_is_the_textbook_loop(pattern: Pattern, block_size: int, device: torch.device) -> None:
     weight, gram = torch.randn(3, 10, 2, dtype=torch.float64), correlated_gram(20, kind="relu")
-    mask, new = prune_by_hessian(weight, gram, pattern, block_size=block_size)
+    found = prune_by_hessian(weight.to(device), gram.to(device), pattern, block_size=block_size)
+    mask, new = (each.cpu() for each in found)
     order, runs = order_columns(gram.diagonal(), 10, pattern)
     assert sorted(order.tolist()) == list(range(20))
     gram = damped_gram(gram)[order][:, order]
@@ -170,7 +171,7 @@ def test_one_block_is_the_best_one_and_the_fit_is_exact(num_blocks: int) -> None
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
-def test_several_blocks_are_fitted_exactly_and_of_few_the_best_go(ratio: float) -> None:
+def test_several_blocks_are_fitted_exactly_and_of_few_the_best_go(ratio: float, device: torch.device) -> None:
     """They are chosen one by one, which need not find the best set; of six it does."""
     pattern, distances = Block(cin=2, cout=3, ratio=ratio), []
     for seed in range(12):
@@ -178,7 +179,7 @@ def test_several_blocks_are_fitted_exactly_and_of_few_the_best_go(ratio: float) 
         weight = torch.randn(6, 6, generator=generator, dtype=torch.float64)
         gram = correlated_gram(6, seed)
         damped = damped_gram(gram)
-        mask, new = prune_by_hessian(weight, gram, pattern)
+        mask, new = (each.cpu() for each in prune_by_hessian(weight.to(device), gram.to(device), pattern))
         exact = torch.stack([refit_row(row, kept, damped) for row, kept in zip(weight, mask, strict=True)])
         torch.testing.assert_close(new, exact, rtol=1e-8, atol=1e-10)
         errors = []
