@@ -27,7 +27,7 @@ def prune_by_hessian(
 
     ``gram`` holds the sums of products of what the layer reads, in the order of ``weight.flatten(1)``. It may be
     singular: ``damping`` times the mean of its diagonal is added, and ten times more until it can be factored.
-    Weights of inputs that were always 0 become 0. Kept weights change where inputs are correlated:
+    Weights of inputs that were always 0 cost nothing; those that stay, stay as they are. Kept weights change where inputs are correlated:
 
     >>> gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     >>> prune_by_hessian(torch.tensor([[3.0, 2.0]]), gram, NM(1, 2), damping=0.0)
@@ -50,7 +50,8 @@ def prune_by_hessian(
         rows, mask = remove_blocks(rows, products, damping, pattern, weight.shape)
     else:
         rows, mask = _removed_by_columns(rows, products, pattern, damping, weight.shape[1], block_size, sweeps)
-    new = rows.masked_fill(~mask, 0).to(weight.dtype)
+    unseen = weight.detach().flatten(1).masked_fill(gram.diagonal() > 0, 0)
+    new = (rows.to(weight.dtype) + unseen).masked_fill(~mask, 0)
     return mask.reshape(weight.shape).contiguous(), new.reshape(weight.shape).contiguous()
 
 
