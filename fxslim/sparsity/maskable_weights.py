@@ -3,7 +3,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fxslim.batches import Data
 from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
+from fxslim.sparsity.input_statistics import run_all
 from fxslim.sparsity.weight_uses import WeightUse, WeightUses, watched
 
 _OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -102,12 +103,13 @@ def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) 
         for inputs in examples:
             with watched(model, uses):
                 inputs.copied().run(model)
-        if data is not None:
-            for batch in data:
-                with watched(model, uses):
-                    data.forward(model, batch)
-                break
+    if data is not None:
+        run_all(model, replace(data, batches=_first(data)), uses, lambda number: None)
     return found
+
+
+def _first(data: Data) -> list[Any]:
+    return [batch for batch, _ in zip(data, range(1), strict=False)]
 
 
 def shared_weights(model: nn.Module) -> Counter[int]:

@@ -17,10 +17,11 @@ from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn import MaskSettings
 from fxslim.patterns import NM, Pattern, as_pattern
 from fxslim.schedules import Schedule
+from fxslim.sparsity.adaptive_allocation import adaptive_ratios
 from fxslim.sparsity.eligible_weights import LayerChoice
+from fxslim.sparsity.global_ranking import global_ratios
 from fxslim.sparsity.maskable_weights import find_users
 from fxslim.sparsity.methods import Method, as_method
-from fxslim.sparsity.ratios import adaptive_ratios, global_ratios
 from fxslim.sparsity.sparsity_plan import SparsityPlan, WeightPlan
 
 _USUAL_RATIO = 0.5

@@ -27,7 +27,8 @@ def prune_by_hessian(
 
     ``gram`` holds the sums of products of what the layer reads, in the order of ``weight.flatten(1)``. It may be
     singular: ``damping`` times the mean of its diagonal is added, and ten times more until it can be factored.
-    Weights of inputs that were always 0 cost nothing; those that stay, stay as they are. Kept weights change where inputs are correlated:
+    Weights of inputs that were always 0 cost nothing, and those that stay do not change. Others do where inputs are
+    correlated:
 
     >>> gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     >>> prune_by_hessian(torch.tensor([[3.0, 2.0]]), gram, NM(1, 2), damping=0.0)

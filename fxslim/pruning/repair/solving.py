@@ -15,7 +15,8 @@ def solve_normal(gram: Tensor, right: Tensor, made_from: torch.dtype = torch.flo
     """``gram @ x = right`` in float64, where gram is a matrix of products; near 0 in directions that it does not see.
 
     ``made_from``: what the data were computed in. Columns are brought to length 1 first. Where what remains of a
-    column beside the ones before it is rounding only, a ridge of that size is added, and ten times as much until it goes.
+    column beside the ones before it is rounding only, a ridge of that size is added, and ten times as much until it
+    goes.
 
     >>> gram = torch.tensor([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 0.0]]).double()
     >>> solve_normal(gram, torch.tensor([[4.0], [4.0], [0.0]]).double()).flatten().round(decimals=6)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a weight was multiplied with: a layer's outputs must follow from the sums gathered of its inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxslim
+from fxslim import CalibrationError, ConfigError
+from fxslim.batches import Data
+from fxslim.patterns.weight_layout import layout_of
+from fxslim.sparsity.input_statistics import Statistics, gather_statistics
+
+CONVOLUTIONS = {
+    (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
+}  # fmt: skip
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    rank, groups, transposed = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    padding, kernel = draw(st.integers(0, 3)), [draw(st.integers(1, 3)) for _ in range(rank)]
+    more: dict[str, Any] = {}
+    if transposed:
+        more["output_padding"] = draw(st.integers(0, max(stride, dilation) - 1))
+    else:
+        more["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "circular"]))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    layer = CONVOLUTIONS[rank, transposed](
+        2 * groups, 3 * groups, kernel, stride, padding, dilation=dilation, groups=groups, bias=False, **more
+    )
+    x = torch.randn(2, 2 * groups, *[draw(st.integers(6, 8)) for _ in range(rank)])
+    return layer.double(), x.double()
+
+
+def gathered(model: nn.Module, batches: list[Any], *names: str, **more: Any) -> Statistics:
+    weights = {}
+    for name in names:
+        layer, _, attribute = name.rpartition(".")
+        module = model.get_submodule(layer)
+        weights[name] = module, getattr(module, attribute)
+    return gather_statistics(model, Data(batches=batches), weights, **more)
+
+
+@given(layers())
+@settings(max_examples=60, deadline=None)
+def test_squares_of_outputs_follow_from_the_sums(case: tuple[nn.Module, Tensor]) -> None:
+    """Sum of y_o^2 = w_o G w_o: holds only if each row of G is what that output really read."""
+    layer, x = case
+    model = nn.Sequential(layer)
+    y = torch.cat([model(x), model(2 * x)]).detach()
+    (parts,) = gathered(model, [x, 2 * x], "0.weight").values()
+    rows = layout_of(layer).rows(layer.weight.detach()).flatten(1)
+    found = torch.cat([((rows[p.first : p.last] @ p.gram) * rows[p.first : p.last]).sum(1) for p in parts])
+    torch.testing.assert_close(found, y.movedim(1, 0).flatten(1).square().sum(1))
+    (diagonals,) = gathered(model, [x, 2 * x], "0.weight", squares_only=True).values()
+    for part, short in zip(parts, diagonals, strict=True):
+        torch.testing.assert_close(part.gram.diagonal(), short.gram)
+
+
+class Attends(nn.Module):
+    def __init__(self, kdim: int | None) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=kdim, vdim=kdim, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.attention(query, key, key)[0]
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_hands_its_weights_to_a_function(kdim: int | None, cross: bool) -> None:
+    """Queries and keys read different things: each part of the weight has sums of its own."""
+    torch.manual_seed(0)
+    query = torch.randn(3, 5, 8).double()
+    key = torch.randn(3, 4, kdim or 8).double() if cross or kdim else query
+    name = "attention." + ("in_proj_weight" if kdim is None else "k_proj_weight")
+    (parts,) = gathered(Attends(kdim).double().eval(), [((query, key),)], name).values()
+    assert [part.first for part in parts] == ([0] if kdim or not cross else [0, 8])
+    for part in parts:
+        read = query if kdim is None and part.first == 0 else key
+        rows = read.reshape(-1, read.shape[-1])
+        torch.testing.assert_close(part.gram, rows.t() @ rows)
+
+
+def test_a_layer_used_twice_reads_both() -> None:
+    layer = nn.Linear(4, 4).double()
+    x = torch.randn(7, 4).double()
+    (part,) = gathered(nn.Sequential(layer, nn.ReLU(), layer), [x], "0.weight")["0.weight"]
+    between = layer(x).relu().detach()
+    torch.testing.assert_close(part.gram, x.t() @ x + between.t() @ between)
+    assert part.num == 14
+
+
+@pytest.mark.parametrize(
+    "data, error, words",
+    [
+        ([], ConfigError, "no batches"),
+        ([torch.randn(2, 5)], CalibrationError, "batch 0 of data"),
+        ([torch.randn(2, 4), torch.full((2, 4), torch.nan)], CalibrationError, r"0\.weight reads NaN.*batch 1"),
+        ([torch.full((2, 4), 1e30)], CalibrationError, "too large to square"),
+    ],
+)
+def test_bad_data_is_named(data: list[Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        gathered(nn.Sequential(nn.Linear(4, 2)), data, "0.weight")
+
+
+def test_a_layer_that_data_never_reach_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    model[1].unused = nn.Linear(4, 4)
+    with pytest.raises(CalibrationError, match=r"1\.unused\.weight \(4 outputs\): data never reached it"):
+        gathered(model, [torch.randn(2, 4)], "0.weight", "1.unused.weight")
+    with pytest.raises(CalibrationError, match="never reached it"):
+        fxslim.sparsify(model, "2:4", method="wanda", data=[torch.randn(2, 4)])
+    assert type(model[0]) is nn.Linear
