@@ -56,8 +56,9 @@ class MaskSettings:
         """
         if self.schedule is None:
             return self.pattern
-        removed = self.pattern.removed() or 0.0
-        return self.pattern.gentler(removed * self.schedule.value_at(step) / self.schedule.end)
+        # The share is 1 at the end, so that the pattern is then the same to the last bit.
+        share = self.schedule.value_at(step) / self.schedule.end
+        return self.pattern.gentler((self.pattern.removed() or 0.0) * share)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""

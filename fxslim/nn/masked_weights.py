@@ -25,11 +25,16 @@ _MASK, _GRADIENT = "_mask", "_gradient"
 class _StraightThrough(torch.autograd.Function):
     """Masked forward; backward the whole gradient, and a decay of what is masked."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.decay = decay
+    def forward(weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        weight, mask, ctx.decay = inputs
+        ctx.save_for_backward(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
