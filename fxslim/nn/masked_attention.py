@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxslim.errors import UnsupportedLayerError
+from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_linear import MaskedLinear
-from fxslim.nn.masked_weights import MaskedWeights, copied_as
+from fxslim.nn.masked_weights import MaskedWeights
 
 
 class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):

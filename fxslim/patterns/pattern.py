@@ -42,7 +42,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
-        """True where an entry stays: the lowest of these (not negative) scores go.
+        """True where an entry stays: the smallest magnitudes go, of a weight or of scores.
 
         Of equal entries the later go, of equal blocks the earlier. NaN counts for more than infinity.
         """

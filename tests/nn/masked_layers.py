@@ -72,7 +72,8 @@ def convolutions(draw: st.DrawFn) -> tuple[MaskedWeights, Tensor, dict[str, Any]
         extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
         settings |= {"padding": each(0, 1), "output_padding": extra}
         layer = TRANSPOSED[dims](inputs, outputs, kernel, **settings, **masking, dtype=torch.float64)
-        return layer, x, {"output_size": list(layer(x).shape[-dims:])} if draw(st.booleans()) else {}
+        sizes = draw(st.booleans()) and all(e < s for e, s in zip(extra, stride, strict=True))
+        return layer, x, {"output_size": list(layer(x).shape[-dims:])} if sizes else {}
     settings["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     if settings["padding_mode"] == "reflect" and dims == 3 and x.dim() == 4:
         x = x[None]

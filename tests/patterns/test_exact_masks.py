@@ -14,7 +14,7 @@ from fxslim.patterns import NM, Block, Unstructured, check
 from tests.strategies import DTYPES, LAYOUTS, lay_out
 
 ratios = st.floats(0, 1, exclude_max=True)
-any_values = st.floats(0, 1e4, width=16) | st.sampled_from([0.0, 1.0, math.inf, math.nan])
+any_values = st.floats(-1e4, 1e4, width=16) | st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan])
 
 
 @st.composite
@@ -29,8 +29,8 @@ def weights(draw: st.DrawFn, max_side: int = 9) -> Tensor:
 
 
 def order_of(value: float) -> float:
-    """NaN counts for more than infinity."""
-    return math.inf if math.isnan(value) else math.atan(value)
+    """The magnitude; NaN counts for more than infinity."""
+    return math.inf if math.isnan(value) else math.atan(abs(value))
 
 
 def highest(values: list[float], kept: int) -> list[bool]:
