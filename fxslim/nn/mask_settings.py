@@ -17,9 +17,11 @@ class MaskSettings:
     """A pattern and what happens to its mask while the layer trains.
 
     ``update_freq``: None, the mask stays as it is; 0, it is made anew at the first training batch; k, at every k-th,
-    the first included. Batches in eval mode do not count. ``gradient``: masked weights get none ("zero"), or that
-    of the weight they stand for plus ``decay`` times themselves ("sr_ste"), so that they can come back at a refresh.
-    ``regrow``: at a refresh masked weights compete by this much of their gradient, brought to the scale of weights.
+    the first included. A batch is a forward in training mode; gradient checkpointing repeats it without counting.
+    ``gradient``: masked weights get none ("zero"), or that of the weight they stand for plus ``decay`` times
+    themselves ("sr_ste"), so that they can come back at a refresh.
+    ``regrow``: at a refresh masked weights compete by this much of their gradient, brought to the scale of weights;
+    by the gradient of the last backward through the layer, on several ranks that of rank 0, which broadcasts buffers.
     ``schedule``: the fraction that goes, of the pattern's, as ``step()`` is called.
     """
 

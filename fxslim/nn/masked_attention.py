@@ -47,7 +47,10 @@ class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
-            raise UnsupportedLayerError(f"{type(self).__name__} takes no nested tensors: pad them")
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} takes no nested tensors: pad them; in an nn.TransformerEncoder set "
+                "use_nested_tensor = False"
+            )
         if isinstance(self.out_proj, MaskedLinear):
             # It is not called itself.
             self.out_proj.before_batch()

@@ -75,6 +75,7 @@ class MaskedWeights(nn.Module):
             regrow=regrow, schedule=schedule,
         )  # fmt: skip
         super().__init__(*args, **kwargs)
+        self._check_fit(chosen.pattern)
         self.start_masking(chosen)
         self.refresh()
 
@@ -110,9 +111,17 @@ class MaskedWeights(nn.Module):
                 f"{computed[0]} of this {cls.float_class.__name__} is no parameter: it is computed before each forward "
                 "(weight_norm, spectral_norm, torch.nn.utils.prune): remove that first"
             )
+        masked._check_fit(chosen.pattern)
         masked.start_masking(chosen)
         masked.refresh()
         return masked
+
+    def _check_fit(self, pattern: Pattern) -> None:
+        layout = layout_of(self)
+        for name in self.maskable:
+            obstacle = pattern.obstacle(tuple(layout.rows(getattr(self, name)).shape), layout.groups)
+            if obstacle:
+                raise ConfigError(f"{name} of this {self.float_class.__name__}: {obstacle}; leave the layer plain")
 
     def to_float(self) -> nn.Module:
         """The plain layer, with zeros in its weights; this one stays as it is."""
@@ -160,13 +169,14 @@ class MaskedWeights(nn.Module):
         old = getattr(self, name + _MASK)
         if mask.shape != old.shape:
             raise ConfigError(f"the mask of {name} is {tuple(old.shape)}, got {tuple(mask.shape)}")
-        setattr(self, name + _MASK, mask.detach().to(old.device, torch.bool).clone())
+        # It lies in memory as the weight does, whatever the pattern made.
+        setattr(self, name + _MASK, torch.empty_like(old).copy_(mask.detach()))
 
     @property
     def current_pattern(self) -> Pattern:
         """The pattern in force: with a schedule a gentler one before its end."""
         steps = getattr(self, "num_mask_steps", None)
-        return self.mask_settings.pattern_at(0 if steps is None else int(steps))
+        return self.mask_settings.pattern_at(0 if steps is None or steps.is_meta else int(steps))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -191,7 +201,7 @@ class MaskedWeights(nn.Module):
     def before_batch(self) -> None:
         """Count a training batch, and make the masks anew where that is due."""
         frequency = self.mask_settings.update_freq
-        if frequency is None or not self.training or _is_recomputed():
+        if frequency is None or not self.training or self.num_mask_batches.is_meta or _is_recomputed():
             return
         # In inference mode, too, what is made here must be fit for training later.
         with torch.inference_mode(False):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 import fxslim
 from fxslim import ConfigError, UnsupportedLayerError
 from fxslim.nn import MaskedConv2d, MaskedLinear, MaskedMultiheadAttention, MaskedWeights
-from fxslim.patterns import Unstructured
+from fxslim.patterns import Block, Unstructured
 from fxslim.schedules import LinearSchedule
 from tests.nn.masked_layers import KINDS, plain_twin
 
@@ -131,6 +131,12 @@ class Halved(nn.Linear):
             ConfigError,
             "schedule from 0.5 to 0.2: masks grow",
         ),
+        (lambda: MaskedLinear(2, 4, pattern="2:4"), ConfigError, "this Linear: 2 input channels: 2:4 would remove"),
+        (
+            lambda: MaskedConv2d.from_float(nn.Conv2d(4, 4, 1, groups=2), pattern=Block(cin=1, cout=1, ratio=0.5)),
+            ConfigError,
+            "weight of this Conv2d: it has 2 groups: blocks run over all input channels.*leave the layer plain",
+        ),
         (lambda: MaskedLinear(8, 4, pattern="2:4").step(), ConfigError, "mask has no schedule"),
         (
             lambda: MaskedLinear(8, 4, pattern="2:4").set_mask(torch.ones(2, 2)),
@@ -148,6 +154,8 @@ def test_what_is_refused(call, error, message: str) -> None:
 def test_on_the_meta_device(kind: str) -> None:
     cls, plain = plain_of(kind, device="meta")
     for pattern in ("2:4", Unstructured(0.5)):
+        scheduled = cls.from_float(plain, pattern=pattern, update_freq=1, schedule=LinearSchedule(end=0.5))
+        assert scheduled(torch.empty(KINDS[kind][2], device="meta")).is_meta
         masked = cls.from_float(plain, pattern=pattern, update_freq=1)
         assert {buffer.device.type for buffer in masked.buffers()} == {"meta"}
         assert cls(*KINDS[kind][1], pattern=pattern, device="meta").weight_mask.is_meta

@@ -66,6 +66,7 @@ def attentions(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
     return layer.train(draw(st.booleans())), arguments
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @given(case=attentions())
 def test_same_as_plain(case: tuple[Any, dict[str, Any]]) -> None:
     layer, arguments = case
@@ -110,8 +111,12 @@ def test_masks_of_the_output_projection_are_made_anew_with_those_of_the_input() 
     assert int(layer.num_mask_batches) == int(layer.out_proj.num_mask_batches) == 5
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused() -> None:
     layer = MaskedMultiheadAttention(8, 2, batch_first=True, pattern="2:4").eval()
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
-    with torch.no_grad(), pytest.raises(UnsupportedLayerError, match="takes no nested tensors: pad them"):
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedLayerError, match="takes no nested tensors: pad them; in an nn.Transf"),
+    ):
         layer(x, x, x)

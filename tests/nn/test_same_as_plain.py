@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxslim.nn import MaskedConv2d, MaskedLinear, MaskedWeights
+from fxslim.patterns import NM, Unstructured
 from tests.nn.masked_layers import KINDS, convolutions, gradients, patterns, plain_twin, seeds
 
 
@@ -102,6 +103,16 @@ def test_the_weight_that_is_used_lies_in_memory_as_its_own() -> None:
     assert layer.weight_mask.stride() == layer.weight.stride()
     moved = MaskedConv2d(8, 6, 3, pattern="2:4").to(memory_format=torch.channels_last)
     assert moved.masked().is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", NM(2, 4, 0), Unstructured(0.5, per_output=True)], ids=str)
+def test_masks_lie_as_their_weights(kind: str, pattern) -> None:
+    cls, arguments, _ = KINDS[kind]
+    groups = {} if kind == "linear" else {"groups": 2}
+    layer = cls(*arguments, **groups, pattern=pattern)
+    assert layer.weight_mask.is_contiguous()
+    assert layer.masked().is_contiguous()
 
 
 @pytest.mark.parametrize("gradient", ["zero", "sr_ste"])
