@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a layer's mask is made and how it changes in training."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fxslim.errors import ConfigError, unknown_name
@@ -70,9 +71,20 @@ class MaskSettings:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "MaskSettings":
         """The settings that ``to_dict`` wrote."""
+        check_keys(data)
         schedule = data.get("schedule")
         read = {"pattern": pattern_from_dict(data["pattern"]), "schedule": schedule and schedule_from_dict(schedule)}
         return cls(**{**data, **read})
+
+
+def check_keys(settings: Mapping[str, Any]) -> None:
+    """Names of settings must exist, and a pattern be among them."""
+    known = [field.name for field in fields(MaskSettings)]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(unknown_name("mask setting", str(key), known))
+    if "pattern" not in settings:
+        raise ConfigError("the settings of a mask need pattern=, such as '2:4'")
 
 
 def _check_schedule(schedule: Any) -> None:

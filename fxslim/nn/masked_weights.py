@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxslim.errors import ConfigError, UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
-from fxslim.nn.mask_settings import MaskSettings
+from fxslim.nn.mask_settings import MaskSettings, check_keys
 from fxslim.patterns import Pattern, as_pattern
 from fxslim.patterns.weight_layout import layout_of
 from fxslim.schedules import Schedule
@@ -101,8 +101,7 @@ class MaskedWeights(nn.Module):
                 "a subclass may compute something else"
             )
         ratio = settings.pop("ratio", None)
-        if "pattern" not in settings:
-            raise ConfigError(f"{cls.__name__}.from_float needs pattern=, such as '2:4'")
+        check_keys(settings)
         chosen = MaskSettings(**{**settings, "pattern": as_pattern(settings["pattern"]).at(ratio)})
         masked = copied_as(layer, cls)
         computed = [name for name in masked.maskable if name not in masked._parameters]

@@ -44,6 +44,8 @@ def check(weight: Any, pattern: Any) -> PatternCheck:
             tensor = effective()
     if not isinstance(tensor, Tensor) or tensor.dim() < 2:
         raise ConfigError(f"a weight has at least 2 dims: (out, in); got {_described(weight, tensor)}")
+    if tensor.is_meta:
+        raise ConfigError(f"{_described(weight, tensor)} is on the meta device and has no values to look at")
     if isinstance(weight, nn.Module):
         tensor = layout_of(weight).rows(tensor)
     nonzero = tensor.detach() != 0

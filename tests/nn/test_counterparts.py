@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import fxslim
 from fxslim import ConfigError, UnsupportedLayerError
-from fxslim.nn import MaskedConv2d, MaskedLinear, MaskedMultiheadAttention, MaskedWeights
+from fxslim.nn import MaskedConv2d, MaskedLinear, MaskedMultiheadAttention, MaskedWeights, MaskSettings
 from fxslim.patterns import Block, Unstructured
 from fxslim.schedules import LinearSchedule
 from tests.nn.masked_layers import KINDS, plain_twin
@@ -117,7 +117,13 @@ class Halved(nn.Linear):
             UnsupportedLayerError,
             "weight of this Linear is no parameter.*computed",
         ),
-        (lambda: MaskedLinear.from_float(nn.Linear(8, 4)), ConfigError, "needs pattern=, such as '2:4'"),
+        (lambda: MaskedLinear.from_float(nn.Linear(8, 4)), ConfigError, "need pattern=, such as '2:4'"),
+        (
+            lambda: MaskedLinear.from_float(nn.Linear(8, 4), pattern="2:4", update_frequency=1),
+            ConfigError,
+            "unknown mask setting 'update_frequency'; did you mean 'update_freq'",
+        ),
+        (lambda: MaskSettings.from_dict({"patern": {}}), ConfigError, "did you mean 'pattern'"),
         (lambda: MaskedLinear(8, 4, pattern="cin4cout4"), ConfigError, "pattern cin4cout4 says no ratio: give ratio="),
         (lambda: MaskedLinear(8, 4, pattern="2:4", ratio=0.75), ConfigError, "ratio=0.75 contradicts 2:4"),
         (lambda: MaskedLinear(8, 4, pattern="2:4", update_freq=-1), ConfigError, "update_freq must be None or.*got -1"),

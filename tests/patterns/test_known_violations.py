@@ -84,6 +84,7 @@ def test_patterns_without_a_ratio_only_measure() -> None:
         ([[1.0]], "got a list"),
         (nn.ReLU(), "got a ReLU"),
         (nn.BatchNorm2d(4), r"got a BatchNorm2d of shape \(4,\)"),
+        (nn.Linear(8, 4, device="meta"), r"a Linear of shape \(4, 8\) is on the meta device and has no values"),
         (nn.MultiheadAttention(8, 2), "got a MultiheadAttention"),
         (MaskedMultiheadAttention(8, 2, pattern="2:4"), "got a MaskedMultiheadAttention"),
     ],

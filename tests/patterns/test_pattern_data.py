@@ -99,6 +99,7 @@ def test_gentler_masks_are_nested(ratio: float) -> None:
         (lambda: Unstructured(0.5).at(0.6), "ratio=0.6 contradicts unstructured 50%: give the ratio once"),
         (lambda: Block(ratio=0.5).at(0.25), "ratio=0.25 contradicts cin32cout64 50%"),
         (lambda: pattern_from_dict({"kind": "n:n"}), "n:n"),
+        (lambda: pattern_from_dict("2:4"), "a dict with 'kind', got '2:4'"),
         (lambda: pattern_from_dict({}), "kind of pattern"),
         (lambda: pattern_from_dict({"kind": "block", "cim": 3}), "pattern 'block'.*cim"),
         (lambda: pattern_from_dict({"kind": "n:m", "n": 2}), "pattern 'n:m'.*'m'"),
