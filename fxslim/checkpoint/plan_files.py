@@ -7,10 +7,11 @@ from typing import Any
 
 from fxslim.errors import CheckpointError, unknown_name
 from fxslim.pruning.pruning_plan import PruningPlan
+from fxslim.sparsity.baking import BakePlan
 from fxslim.sparsity.sparsity_plan import SparsityPlan
 
-Plan = PruningPlan | SparsityPlan
-_KINDS: dict[str, Any] = {"pruning": PruningPlan, "sparsity": SparsityPlan}
+Plan = PruningPlan | SparsityPlan | BakePlan
+_KINDS: dict[str, Any] = {"pruning": PruningPlan, "sparsity": SparsityPlan, "bake": BakePlan}
 
 
 def plan_from_dict(data: Any) -> Plan:

@@ -7,30 +7,43 @@ from torch import Tensor
 from fxslim.patterns import Block
 from fxslim.sparsity.damped_factor import factor_damped
 
+# Up to so many blocks they go in rounds: with more, choosing anew is slow, and gains at most a few per cent.
+_FEW_BLOCKS, _MOST_ROUNDS = 256, 8
 
-def remove_blocks(rows: Tensor, products: Tensor, damping: float, pattern: Block, shape: torch.Size) -> Tensor:
-    """The mask of a weight of this shape, as rows; these get their new values in place.
 
-    All blocks are chosen at once, each by what an entry of it costs if the block goes alone. The filters of a block
-    read the same channels, so the best values of what stays are those of one linear system. (To fit and choose again
-    after every part of the blocks costs as much each time, and ends at most a few per cent better.)
+def remove_blocks(
+    rows: Tensor, products: Tensor, damping: float, pattern: Block, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """New rows, and their mask, of a weight of this shape.
+
+    A block is chosen by what each entry of it costs if it goes alone, beside the blocks that went in earlier rounds.
+    The filters of a block read the same channels, so the best values of what stays are those of one linear system.
     """
     damped, lower = factor_damped(products, damping)
     inverse = torch.cholesky_inverse(lower)
-    parts = column_parts(shape, pattern)
+    parts = [part.to(rows.device) for part in column_parts(shape, pattern)]
     filters = torch.arange(len(rows), device=rows.device).split(pattern.cout)
-    cost = torch.stack([_costs(rows, inverse, part, pattern.cout) for part in parts], 1)
-    # Of equal ones the later go.
-    order = cost.flatten().flip(0).argsort(stable=True)
-    kept = torch.ones_like(order, dtype=torch.bool)
-    kept[order[: pattern.num_removed(tuple(shape))]] = False
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    for some, kept_parts in zip(filters, kept.flip(0).view(cost.shape).tolist(), strict=True):
-        removed = [part for part, stays in zip(parts, kept_parts, strict=True) if not stays]
-        if removed:
-            mask[some[:, None], torch.cat(removed)] = False
-            rows[some] = fit_rest(rows[some], damped, inverse, mask[some[0]])
-    return mask
+    own = [inverse[part[:, None], part] for part in parts]
+    cost = torch.stack([costs(rows[:, part], own[at], pattern.cout) for at, part in enumerate(parts)], 1)
+    num_removed = pattern.num_removed(tuple(shape))
+    rounds = min(num_removed, _MOST_ROUNDS) if cost.numel() <= _FEW_BLOCKS else 1
+    new, mask = rows.clone(), torch.ones_like(rows, dtype=torch.bool)
+    for number in range(1, rounds + 1):
+        num_gone = int(cost.isinf().sum())
+        chosen = _lowest(cost, num_removed * number // rounds - num_gone)
+        cost[chosen] = torch.inf
+        for index in chosen.any(1).nonzero().flatten().tolist():
+            some = filters[index]
+            gone = [part for part, infinite in zip(parts, cost[index].isinf().tolist(), strict=True) if infinite]
+            mask[some[:, None], torch.cat(gone)] = False
+            new[some] = fit_rest(rows[some], damped, inverse, mask[some[0]])
+            if number < rounds:
+                known = known_from(inverse, (~mask[some[0]]).nonzero().squeeze(1))
+                for place in (~cost[index].isinf()).nonzero().flatten().tolist():
+                    part = parts[place]
+                    rest = own[place] - known[:, part].t() @ known[:, part]
+                    cost[index, place] = costs(new[some[:, None], part], rest, len(some)).squeeze()
+    return new, mask
 
 
 def column_parts(shape: tuple[int, ...], pattern: Block) -> list[Tensor]:
@@ -65,10 +78,33 @@ def fit_rest(rows: Tensor, damped: Tensor, inverse: Tensor, kept: Tensor) -> Ten
     return new
 
 
-def _costs(rows: Tensor, inverse: Tensor, part: Tensor, cout: int) -> Tensor:
-    """Of the blocks of all filters at some columns, for each entry: ``w @ inv(inverse of these columns) @ w``."""
-    block = rows[:, part].double()
-    solved = torch.linalg.solve(inverse[part[:, None], part].double(), block.t()).t()
-    costs = torch.stack([each.sum() for each in (block * solved).sum(1).split(cout)])
-    sizes = torch.tensor([len(each) for each in block.split(cout)], device=rows.device) * len(part)
-    return costs / sizes
+def known_from(inverse: Tensor, goes: Tensor) -> Tensor:
+    """F, where ``inverse - F.t() @ F`` is the inverse of the products without the columns that go.
+
+    >>> inverse = torch.tensor([[4.0, 1.0], [1.0, 2.0]]).inverse()
+    >>> known = known_from(inverse, torch.tensor([1]))
+    >>> (inverse - known.t() @ known).round(decimals=5).abs()
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.0000]])
+    """
+    _, lower = factor_damped(inverse[goes[:, None], goes], 0.0)
+    return torch.linalg.solve_triangular(lower, inverse[goes], upper=False)
+
+
+def costs(columns: Tensor, inverse: Tensor, cout: int) -> Tensor:
+    """Of each block of filters, for each entry: ``w @ inv(inverse) @ w``; inverse is that of all, at these columns.
+
+    >>> costs(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.25]]), 1)
+    tensor([ 4., 36.], dtype=torch.float64)
+    """
+    _, lower = factor_damped(inverse.double(), 0.0)
+    half = torch.linalg.solve_triangular(lower, columns.double().t(), upper=False)
+    return torch.stack([each.square().mean() for each in half.split(cout, 1)])
+
+
+def _lowest(cost: Tensor, num: int) -> Tensor:
+    """Where the lowest are; of equal ones the later."""
+    order = cost.flatten().flip(0).argsort(stable=True)
+    chosen = torch.zeros_like(order, dtype=torch.bool)
+    chosen[order[:num]] = True
+    return chosen.flip(0).view(cost.shape)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triangular factors of matrices of products, whatever their rank."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def factor_damped(products: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     damped = products.clone()
     rounding = torch.finfo(products.dtype).eps
     while True:
+        assert math.isfinite(damping), "no damping helps: the products are not finite"
         torch.add(own, damping, out=damped.diagonal())
         lower, failed = torch.linalg.cholesky_ex(damped)
         # A pivot as small as its own rounding says nothing.

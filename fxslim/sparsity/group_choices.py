@@ -67,6 +67,7 @@ class GroupChoices:
     def choose(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mask and new values of a group, from its columns as rows of ``values``."""
         products = values.index_select(0, self._first).mul_(values.index_select(0, self._second))
-        chosen = (self._costs[group] @ products).argmin(0)
+        # Sets last, and min: the smallest along another dim, and argmin, are several times slower.
+        chosen = (products.t() @ self._costs[group].t()).min(1).indices
         maps = self._maps[group].index_select(1, chosen).view(len(values), *values.shape)
         return self._kept.index_select(1, chosen), maps.mul_(values).sum(1)

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from fxslim.patterns import NM
-from fxslim.sparsity.column_updates import Columns, Run
+from fxslim.sparsity.column_order import Run
+from fxslim.sparsity.column_updates import Columns
 from fxslim.sparsity.group_choices import GroupChoices, has_few_sets, invert_factors
 
 
-def remove_along_inputs(columns: Columns, factor: Tensor, pattern: NM, channels: int, block_size: int) -> Tensor:
-    """The mask, as columns; these are in the order (position, channel)."""
+def remove_along_inputs(columns: Columns, factor: Tensor, runs: list[Run], pattern: NM, block_size: int) -> Tensor:
+    """The mask, as columns; each run of them is a group."""
     mask = torch.ones_like(columns.values, dtype=torch.bool)
-    runs = group_runs(len(factor), channels, pattern.m)
     choices = {size: _choices(factor, runs, size, pattern) for size in {stop - start for start, stop in runs}}
     turn = dict.fromkeys(choices, 0)
     for start, stop in columns.walk(runs, block_size):
@@ -30,27 +30,14 @@ def remove_along_inputs(columns: Columns, factor: Tensor, pattern: NM, channels:
     return mask
 
 
-def remove_along_outputs(columns: Columns, pattern: NM, block_size: int) -> Tensor:
-    """The mask, as columns."""
+def remove_along_outputs(columns: Columns, runs: list[Run], pattern: NM, block_size: int) -> Tensor:
+    """The mask, as columns; each is chosen by itself."""
     mask = torch.ones_like(columns.values, dtype=torch.bool)
-    for start, stop in columns.walk([(column, column + 1) for column in range(len(mask))], block_size):
+    for start, stop in columns.walk(runs, block_size):
         values = columns.values[start:stop]
         mask[start:stop] = pattern.mask(values.abs().t()).t()
         columns.settle(start, stop, values * mask[start:stop])
     return mask
-
-
-def group_runs(num_columns: int, channels: int, size: int) -> list[Run]:
-    """Groups of neighbouring channels, at each position by itself.
-
-    >>> group_runs(10, 5, 4)
-    [(0, 4), (4, 5), (5, 9), (9, 10)]
-    """
-    return [
-        (position + start, position + min(start + size, channels))
-        for position in range(0, num_columns, channels)
-        for start in range(0, channels, size)
-    ]
 
 
 def _choices(factor: Tensor, runs: list[Run], size: int, pattern: NM) -> GroupChoices | Tensor | None:

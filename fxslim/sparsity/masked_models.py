@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a model's layers into their masked counterparts and back, in place."""
+"""Turns a model's layers into their masked counterparts, in place."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxslim.errors import PlanError
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import MaskedMultiheadAttention, MaskedWeights, MaskSettings
-from fxslim.nn.masked_weights import strip_masks
 from fxslim.patterns import PatternCheck, check
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.plan.applied_plans import applied
 from fxslim.sparsity.maskable_weights import COUNTERPARTS
 
 
@@ -69,51 +66,3 @@ def check_model(model: nn.Module, settings: Mapping[str, MaskSettings]) -> dict[
         pattern = module.current_pattern if masked else setting.pattern
         found[name] = check(layout_of(module).rows(weight.detach()), pattern)
     return found
-
-
-def bake(model: nn.Module) -> nn.Module:
-    """Write the zeros into the weights and turn masked layers back into plain ones, in place; returns the model.
-
-    For export and for code that knows only torch's layers. What ``fxslim.save`` writes afterwards still has the plan.
-
-    >>> import fxslim
-    >>> net = fxslim.sparsity.bake(fxslim.sparsify(nn.Sequential(nn.Linear(8, 4)), "2:4"))
-    >>> type(net[0]).__name__, fxslim.patterns.check(net[0], "2:4").ok
-    ('Linear', True)
-    """
-    changes = Changes()
-    try:
-        for module in model.modules():
-            if isinstance(module, MaskedWeights):
-                _bake_layer(module, changes)
-        plans = [_baked(plan) for plan in applied(model)]
-        if plans:
-            changes.set_attribute(model, "_fxslim_plans", plans)
-    except BaseException:
-        changes.undo()
-        raise
-    return model
-
-
-def _baked(plan: Any) -> Any:
-    return dataclasses.replace(plan, baked=True) if hasattr(plan, "baked") else plan
-
-
-def _bake_layer(module: MaskedWeights, changes: Changes) -> None:
-    names, plain = module.weight_names, module.float_class
-    before = dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
-    for name in names:
-        weight = getattr(module, name)
-        changes.replace_data(weight, module.masked(name).detach().clone(), weight.grad)
-
-    def restore() -> None:
-        vars(module).update(before[0])
-        module._buffers.clear()
-        module._buffers.update(before[1])
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks.update(before[2])
-
-    changes.make(lambda: strip_masks(module, names), restore)
-    with torch.no_grad():
-        vars(module).pop("float_class", None)
-        changes.set_attribute(module, "__class__", plain)

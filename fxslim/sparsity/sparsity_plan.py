@@ -53,8 +53,6 @@ class SparsityPlan:
     # Layer by layer, each from what is read once the layers before it are sparse; so many times, ever sparser.
     progressive: int = 0
     notes: tuple[str, ...] = ()
-    # The zeros are in the weights and the masks gone.
-    baked: bool = False
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
     # Kept from planning, for methods that look at data. Not saved.
@@ -102,14 +100,13 @@ class SparsityPlan:
         names = names_in(model, self.shapes)
         changes.on_undo(HookState(model).restore)
         changes.on_undo(ModelState(model).restore)
-        if not self.baked:
-            settings = {names[one.name]: one.settings for one in self.weights}
-            with torch.inference_mode(False), torch.no_grad():
-                put_masks_on(model, settings, changes)
-                if values:
-                    choose_masks(model, settings, self.method, self._data(data), self.progressive, changes)
-                    mute_optimizer(model, settings, optimizer, changes)
-                self._try_forward(model)
+        settings = {names[one.name]: one.settings for one in self.weights}
+        with torch.inference_mode(False), torch.no_grad():
+            put_masks_on(model, settings, changes)
+            if values:
+                choose_masks(model, settings, self.method, self._data(data), self.progressive, changes)
+                mute_optimizer(model, settings, optimizer, changes)
+            self._try_forward(model)
         remember_plan(model, dataclasses.replace(self, data=None), changes)
 
     def _data(self, given: Data | None) -> Data | None:
@@ -162,7 +159,6 @@ class SparsityPlan:
             "method": self.method.to_dict(),
             "progressive": self.progressive,
             "notes": list(self.notes),
-            "baked": self.baked,
         }
 
     @classmethod
@@ -188,7 +184,6 @@ class SparsityPlan:
                 method=method_from_dict(data["method"]),
                 progressive=int(data["progressive"]),
                 notes=tuple(map(str, data["notes"])),
-                baked=bool(data["baked"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error

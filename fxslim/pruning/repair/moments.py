@@ -84,7 +84,7 @@ def refitted(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor
     ``weight`` is groups x outputs x columns x taps, ``bias`` groups x outputs; without one the fit has no intercept.
     Where the data leave a choice, the weights stay near to what they were.
     """
-    weight = weight.double()
+    weight, made_from = weight.double(), weight.dtype
     new_weight, new_bias = weight.clone(), None if bias is None else bias.double().clone()
     for g, columns in enumerate(kept.to(weight.device)):
         k = len(columns) + (bias is not None)
@@ -93,9 +93,9 @@ def refitted(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor
         rest = moments.cross[g, :k, :-1].clone()
         rest[:, columns] -= gram[:, : len(columns)]
         if weight.shape[3] == 1:
-            change = solve_normal(gram, rest @ weight[g, :, :, 0].t()).t().unsqueeze(2)
+            change = solve_normal(gram, rest @ weight[g, :, :, 0].t(), made_from).t().unsqueeze(2)
         else:
-            change = torch.einsum("oct,kc->okt", weight[g], solve_normal(gram, rest))
+            change = torch.einsum("oct,kc->okt", weight[g], solve_normal(gram, rest, made_from))
         new_weight[g, :, columns] += change[:, : len(columns)]
         if new_bias is not None:
             new_bias[g] += change[:, -1].sum(1)

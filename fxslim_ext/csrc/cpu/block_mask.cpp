@@ -1,4 +1,7 @@
 // block_mask on the CPU: columns are added up over a block's filters, then over its channels.
+#include <cmath>
+#include <limits>
+
 #include "../blocks.h"
 #include "instruction_set.h"
 #include "numbers.h"
@@ -46,13 +49,16 @@ void sum_columns(const T* weight, int64_t filters, int64_t row, double* sums, in
 void add_to_blocks(const Blocks& blocks, const double* columns, int64_t begin, int64_t n, double* sums) {
   const int64_t positions = blocks.positions;
   if (blocks.channels_last || positions == 1) {
+    int64_t c = begin % blocks.channels, p = begin / blocks.channels, block = c / blocks.cin;
     for (int64_t j = 0; j < n;) {
-      const int64_t c = (begin + j) % blocks.channels, p = (begin + j) / blocks.channels, block = c / blocks.cin;
-      const int64_t left = std::min(blocks.channels, (block + 1) * blocks.cin) - c, last = std::min(n, j + left);
+      const int64_t end = std::min(blocks.channels, (block + 1) * blocks.cin), last = std::min(n, j + end - c);
       double& to = sums[block * positions + p];
       double sum = to;
-      for (; j < last; ++j) sum += columns[j];
+      for (c += last - j; j < last; ++j) sum += columns[j];
       to = sum;
+      if (c < end) return;
+      ++block;
+      if (c == blocks.channels) c = block = 0, ++p;
     }
     return;
   }
@@ -87,19 +93,24 @@ std::vector<double> sum_blocks(const T* weight, const Blocks& blocks) {
 
 // Integers that order like the mean magnitudes, NaN above infinity.
 std::vector<int64_t> mean_keys(const std::vector<double>& sums, const Blocks& blocks) {
-  std::vector<int64_t> keys(blocks.count());
+  std::vector<int64_t> keys;
+  keys.reserve(blocks.count());
   const int64_t terms = blocks.per_position ? 1 : blocks.positions;
-  const int64_t last = blocks.per_position ? blocks.positions : 1;
-  for (int64_t b = 0; b < blocks.count(); ++b) {
-    const int64_t pair = b / last, g = pair / blocks.over_channels(), i = pair % blocks.over_channels();
-    const int64_t filters = std::min(blocks.cout, blocks.filters - g * blocks.cout);
-    const int64_t channels = std::min(blocks.cin, blocks.channels - i * blocks.cin);
-    double sum = 0;
-    for (int64_t k = 0; k < terms; ++k) sum += sums[b * terms + k];
-    const double mean = sum / static_cast<double>(filters * channels * terms);
-    std::memcpy(&keys[b], &mean, 8);
-    if (mean != mean) keys[b] = std::numeric_limits<int64_t>::max();
-  }
+  const double* sum = sums.data();
+  for (int64_t g = 0; g < blocks.over_filters(); ++g)
+    for (int64_t i = 0; i < blocks.over_channels(); ++i) {
+      const int64_t filters = std::min(blocks.cout, blocks.filters - g * blocks.cout);
+      const int64_t channels = std::min(blocks.cin, blocks.channels - i * blocks.cin);
+      const double elements = static_cast<double>(filters * channels * terms);
+      for (int64_t p = 0; p < blocks.positions; p += terms) {
+        double total = 0;
+        for (int64_t k = 0; k < terms; ++k) total += *sum++;
+        const double mean = total / elements;
+        int64_t key;
+        std::memcpy(&key, &mean, 8);
+        keys.push_back(mean != mean ? std::numeric_limits<int64_t>::max() : key);
+      }
+    }
   return keys;
 }
 
@@ -110,10 +121,13 @@ std::vector<uint8_t> keep_highest(const std::vector<int64_t>& keys, int64_t num_
   std::vector<int64_t> sorted = keys;
   std::nth_element(sorted.begin(), sorted.begin() + (num_removed - 1), sorted.end());
   const int64_t highest = sorted[num_removed - 1];
-  int64_t equal = num_removed;
-  for (const int64_t key : keys) equal -= key < highest;
-  for (size_t b = 0; b < keys.size(); ++b)
-    if (keys[b] < highest || (keys[b] == highest && equal-- > 0)) kept[b] = 0;
+  int64_t of_highest = num_removed;
+  for (const int64_t key : keys) of_highest -= key < highest;
+  for (size_t b = 0; b < keys.size(); ++b) {
+    const bool last = keys[b] == highest && of_highest > 0;
+    of_highest -= last;
+    kept[b] = keys[b] >= highest && !last;
+  }
   return kept;
 }
 

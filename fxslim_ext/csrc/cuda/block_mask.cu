@@ -1,5 +1,6 @@
 // block_mask on CUDA: a thread adds up one column over a block's filters, then one over its channels.
 #include <array>
+#include <limits>
 
 #include "../blocks.h"
 #include "kernels.cuh"
@@ -17,8 +18,8 @@ struct Cut {
         over_filters(b.over_filters()), over_channels(b.over_channels()), per_position(b.per_position),
         channels_last(b.channels_last) {}
   __device__ int64_t column(int64_t c, int64_t p) const { return channels_last ? p * channels + c : c * positions + p; }
-  __device__ int64_t channel_of(int64_t column) const { return channels_last ? column % channels : column / positions; }
-  __device__ int64_t position_of(int64_t column) const { return channels_last ? column / channels : column % positions; }
+  __device__ int64_t channel_of(int64_t j) const { return channels_last ? j % channels : j / positions; }
+  __device__ int64_t position_of(int64_t j) const { return channels_last ? j / channels : j % positions; }
   __device__ int64_t filters_of(int64_t g) const { return min(cout, filters - g * cout); }
   __device__ int64_t channels_of(int64_t i) const { return min(cin, channels - i * cin); }
 };
@@ -33,7 +34,10 @@ __global__ void sum_columns_kernel(const T* weight, Cut cut, double* columns) {
     const int64_t g = k / cut.row, j = k % cut.row;
     const T* from = weight + g * cut.cout * cut.row + j;
     double sum = 0;
-    for (int64_t o = 0; o < cut.filters_of(g); ++o) sum += fabs(static_cast<double>(static_cast<math_t<T>>(from[o * cut.row])));
+    for (int64_t o = 0; o < cut.filters_of(g); ++o) {
+      const math_t<T> value = static_cast<math_t<T>>(from[o * cut.row]);
+      sum += fabs(static_cast<double>(value));
+    }
     columns[k] = sum;
   }
 }
@@ -50,7 +54,9 @@ __global__ void mean_kernel(const double* columns, Cut cut, double* means, int64
       for (int64_t c = 0; c < cut.channels_of(i); ++c) sum += row[cut.column(i * cut.cin + c, b % kept_positions + k)];
       total += sum;
     }
-    means[b] = total / static_cast<double>(cut.filters_of(g) * cut.channels_of(i) * terms);
+    const double mean = total / static_cast<double>(cut.filters_of(g) * cut.channels_of(i) * terms);
+    // Radix sort orders bits: one NaN stands for all.
+    means[b] = mean == mean ? mean : std::numeric_limits<double>::quiet_NaN();
   }
 }
 

@@ -162,3 +162,18 @@ def test_float32_and_bfloat16_models(inputs: str) -> None:
         repaired = pruned(model, batches[0], least_squares(inputs), batches)
         assert repaired[2].weight.dtype == dtype
         assert error(repaired, model, batches) < least * plain
+
+
+def test_weights_behind_a_layer_norm_stay_of_their_size() -> None:
+    """What a layer norm makes is linearly dependent but for rounding: weights that use that can't be trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 5))
+    batches = [torch.randn(200, 6) for _ in range(4)]
+    plan = fxslim.plan_pruning(model, batches[0], ratio=0.4, data=batches, repair="least_squares")
+    plain = fxslim.plan_pruning(model, batches[0], ratio=0.4).apply(copy.deepcopy(model))
+    mended = plan.apply(copy.deepcopy(model))
+    with torch.no_grad():
+        whole, left, better = (m(torch.randn(500, 6, generator=torch.Generator().manual_seed(1))) for m in
+                               (model, plain, mended))  # fmt: skip
+    assert mended[2].weight.abs().max() < 10 * model[2].weight.abs().max()
+    assert (better - whole).norm() < 0.7 * (left - whole).norm()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the zeros of masks into the weights and takes the masks away."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxslim.batches import Data
+from fxslim.errors import CheckpointError, PlanError
+from fxslim.graph.recording import named_states
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
+from fxslim.graph.surgery.changes import Changes
+from fxslim.nn import MaskedWeights
+from fxslim.nn.masked_weights import strip_masks
+from fxslim.plan.applied_plans import names_in, remember_plan
+
+KIND = "bake"
+VERSION = 1
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Write the zeros into the weights and turn masked layers back into plain ones, in place; returns the model.
+
+    For export and for code that knows only torch's layers.
+
+    >>> import fxslim
+    >>> net = bake(fxslim.sparsify(nn.Sequential(nn.Linear(8, 4)), "2:4"))
+    >>> type(net[0]).__name__, fxslim.patterns.check(net[0], "2:4").ok
+    ('Linear', True)
+    """
+    inner = without_compile_wrapper(model)
+    BakePlan(shapes={name: tuple(state.shape) for name, state in named_states(inner)}).apply(inner)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BakePlan:
+    """That masks were taken away at this point, for replaying a model's plans."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
+        """Bake, or leave the model as it was."""
+        changes = Changes()
+        try:
+            self.change_model(model, changes, optimizer, values=values)
+            return model
+        except BaseException:
+            changes.undo()
+            raise
+
+    def change_model(
+        self,
+        model: nn.Module,
+        changes: Changes,
+        optimizer: Optimizer | None = None,
+        *,
+        values: bool = True,
+        data: Data | None = None,
+    ) -> None:
+        """Bake and note it; the caller takes ``changes`` back after an error."""
+        refuse_wrapped(model)
+        names_in(model, self.shapes)
+        layers = [module for module in model.modules() if isinstance(module, MaskedWeights)]
+        if not layers:
+            raise PlanError("no layer of this model has a mask")
+        for layer in layers:
+            _bake_layer(layer, changes)
+        remember_plan(model, self, changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "kind": KIND, "version": VERSION, "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The plan that ``to_dict`` wrote."""
+        if data.get("kind") != KIND or data.get("version") != VERSION or not isinstance(data.get("shapes"), dict):
+            raise CheckpointError(f"the plan is no {KIND} plan of version {VERSION}, or damaged: save it again")
+        return cls(shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()})
+
+    def __str__(self) -> str:
+        return "masks written into the weights"
+
+
+def _bake_layer(module: MaskedWeights, changes: Changes) -> None:
+    names, plain = module.weight_names, module.float_class
+    before = dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
+    for name in names:
+        weight = getattr(module, name)
+        changes.replace_data(weight, module.masked(name).detach().clone(), weight.grad)
+
+    def restore() -> None:
+        vars(module).update(before[0])
+        module._buffers.clear()
+        module._buffers.update(before[1])
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(before[2])
+
+    changes.make(lambda: strip_masks(module, names), restore)
+    with torch.no_grad():
+        vars(module).pop("float_class", None)
+        changes.set_attribute(module, "__class__", plain)
