@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a layer's mask is made and how it changes in training."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fxslim.errors import ConfigError, unknown_name
@@ -17,9 +18,11 @@ class MaskSettings:
     """A pattern and what happens to its mask while the layer trains.
 
     ``update_freq``: None, the mask stays as it is; 0, it is made anew at the first training batch; k, at every k-th,
-    the first included. Batches in eval mode do not count. ``gradient``: masked weights get none ("zero"), or that
-    of the weight they stand for plus ``decay`` times themselves ("sr_ste"), so that they can come back at a refresh.
-    ``regrow``: at a refresh masked weights compete by this much of their gradient, brought to the scale of weights.
+    the first included. A batch is a forward in training mode; gradient checkpointing repeats it without counting.
+    ``gradient``: masked weights get none ("zero"), or that of the weight they stand for plus ``decay`` times
+    themselves ("sr_ste"), so that they can come back at a refresh.
+    ``regrow``: at a refresh masked weights compete by this much of their gradient, brought to the scale of weights;
+    by the gradient of the last backward through the layer, on several ranks that of rank 0, which broadcasts buffers.
     ``schedule``: the fraction that goes, of the pattern's, as ``step()`` is called.
     """
 
@@ -56,8 +59,9 @@ class MaskSettings:
         """
         if self.schedule is None:
             return self.pattern
-        removed = self.pattern.removed() or 0.0
-        return self.pattern.gentler(removed * self.schedule.value_at(step) / self.schedule.end)
+        # The share is 1 at the end, so that the pattern is then the same to the last bit.
+        share = self.schedule.value_at(step) / self.schedule.end
+        return self.pattern.gentler((self.pattern.removed() or 0.0) * share)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
@@ -67,9 +71,20 @@ class MaskSettings:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "MaskSettings":
         """The settings that ``to_dict`` wrote."""
+        check_keys(data)
         schedule = data.get("schedule")
         read = {"pattern": pattern_from_dict(data["pattern"]), "schedule": schedule and schedule_from_dict(schedule)}
         return cls(**{**data, **read})
+
+
+def check_keys(settings: Mapping[str, Any]) -> None:
+    """Names of settings must exist, and a pattern be among them."""
+    known = [field.name for field in fields(MaskSettings)]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(unknown_name("mask setting", str(key), known))
+    if "pattern" not in settings:
+        raise ConfigError("the settings of a mask need pattern=, such as '2:4'")
 
 
 def _check_schedule(schedule: Any) -> None:

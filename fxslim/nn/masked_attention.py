@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxslim.errors import UnsupportedLayerError
+from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_linear import MaskedLinear
-from fxslim.nn.masked_weights import MaskedWeights, copied_as
+from fxslim.nn.masked_weights import MaskedWeights
 
 
 class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):
@@ -46,7 +47,10 @@ class MaskedMultiheadAttention(MaskedWeights, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
-            raise UnsupportedLayerError(f"{type(self).__name__} takes no nested tensors: pad them")
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} takes no nested tensors: pad them; in an nn.TransformerEncoder set "
+                "use_nested_tensor = False"
+            )
         if isinstance(self.out_proj, MaskedLinear):
             # It is not called itself.
             self.out_proj.before_batch()

@@ -5,7 +5,6 @@ The weight keeps the values of masked entries: where a mask is made anew they co
 layer computes with, and the gradient, knows only the kept ones.
 """
 
-import copy
 import functools
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
@@ -14,22 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import ConfigError, UnsupportedLayerError
-from fxslim.nn.mask_settings import MaskSettings
+from fxslim.nn.layer_copies import copied_as
+from fxslim.nn.mask_settings import MaskSettings, check_keys
 from fxslim.patterns import Pattern, as_pattern
 from fxslim.patterns.weight_layout import layout_of
+from fxslim.schedules import Schedule
 
-_CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _MASK, _GRADIENT = "_mask", "_gradient"
 
 
 class _StraightThrough(torch.autograd.Function):
     """Masked forward; backward the whole gradient, and a decay of what is masked."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.decay = decay
+    def forward(weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        weight, mask, ctx.decay = inputs
+        ctx.save_for_backward(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -60,11 +65,18 @@ class MaskedWeights(nn.Module):
         ratio: float | None = None,
         update_freq: int | None = None,
         gradient: str = "zero",
+        decay: float = 2e-4,
+        regrow: float = 0.0,
+        schedule: Schedule | None = None,
         **kwargs: Any,
     ) -> None:
+        chosen = MaskSettings(
+            pattern=as_pattern(pattern).at(ratio), update_freq=update_freq, gradient=gradient, decay=decay,
+            regrow=regrow, schedule=schedule,
+        )  # fmt: skip
         super().__init__(*args, **kwargs)
-        chosen = as_pattern(pattern).at(ratio)
-        self.start_masking(MaskSettings(pattern=chosen, update_freq=update_freq, gradient=gradient))
+        self._check_fit(chosen.pattern)
+        self.start_masking(chosen)
         self.refresh()
 
     @property
@@ -89,13 +101,26 @@ class MaskedWeights(nn.Module):
                 "a subclass may compute something else"
             )
         ratio = settings.pop("ratio", None)
-        if "pattern" not in settings:
-            raise ConfigError(f"{cls.__name__}.from_float needs pattern=, such as '2:4'")
+        check_keys(settings)
         chosen = MaskSettings(**{**settings, "pattern": as_pattern(settings["pattern"]).at(ratio)})
         masked = copied_as(layer, cls)
+        computed = [name for name in masked.maskable if name not in masked._parameters]
+        if computed:
+            raise UnsupportedLayerError(
+                f"{computed[0]} of this {cls.float_class.__name__} is no parameter: it is computed before each forward "
+                "(weight_norm, spectral_norm, torch.nn.utils.prune): remove that first"
+            )
+        masked._check_fit(chosen.pattern)
         masked.start_masking(chosen)
         masked.refresh()
         return masked
+
+    def _check_fit(self, pattern: Pattern) -> None:
+        layout = layout_of(self)
+        for name in self.maskable:
+            obstacle = pattern.obstacle(tuple(layout.rows(getattr(self, name)).shape), layout.groups)
+            if obstacle:
+                raise ConfigError(f"{name} of this {self.float_class.__name__}: {obstacle}; leave the layer plain")
 
     def to_float(self) -> nn.Module:
         """The plain layer, with zeros in its weights; this one stays as it is."""
@@ -143,13 +168,14 @@ class MaskedWeights(nn.Module):
         old = getattr(self, name + _MASK)
         if mask.shape != old.shape:
             raise ConfigError(f"the mask of {name} is {tuple(old.shape)}, got {tuple(mask.shape)}")
-        setattr(self, name + _MASK, mask.detach().to(old.device, torch.bool).clone())
+        # It lies in memory as the weight does, whatever the pattern made.
+        setattr(self, name + _MASK, torch.empty_like(old).copy_(mask.detach()))
 
     @property
     def current_pattern(self) -> Pattern:
         """The pattern in force: with a schedule a gentler one before its end."""
         steps = getattr(self, "num_mask_steps", None)
-        return self.mask_settings.pattern_at(0 if steps is None else int(steps))
+        return self.mask_settings.pattern_at(0 if steps is None or steps.is_meta else int(steps))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -160,23 +186,28 @@ class MaskedWeights(nn.Module):
             self.set_mask(layout.restored(pattern.mask(layout.rows(scores))), name)
 
     def _scores(self, name: str) -> Tensor:
-        """Magnitudes; with ``regrow`` what is masked counts by its gradient."""
+        """Magnitudes; with ``regrow`` what is masked counts by its gradient, once there is one."""
         weight, settings = getattr(self, name).detach().abs(), self.mask_settings
         if not settings.regrow:
             return weight
-        gradient, mask = getattr(self, name + _GRADIENT).abs(), getattr(self, name + _MASK)
-        scale = weight.mean() / gradient.mean().clamp(min=torch.finfo(gradient.dtype).tiny)
-        return torch.where(mask, weight, settings.regrow * scale * gradient)
+        mask, gradient = getattr(self, name + _MASK), getattr(self, name + _GRADIENT).abs()
+        # Half precision has no room for the quotients. Steps that loss scaling gives up leave infinite gradients.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        gradient = torch.where(gradient.isfinite(), gradient, 0).to(dtype)
+        share = gradient / gradient.mean().clamp(min=torch.finfo(dtype).tiny)
+        return torch.where(mask | ~gradient.any(), weight, settings.regrow * weight.to(dtype).mean() * share)
 
     def before_batch(self) -> None:
         """Count a training batch, and make the masks anew where that is due."""
         frequency = self.mask_settings.update_freq
-        if frequency is None or not self.training:
+        if frequency is None or not self.training or self.num_mask_batches.is_meta or _is_recomputed():
             return
-        seen = int(self.num_mask_batches)
-        if seen == 0 or (frequency and seen % frequency == 0):
-            self.refresh()
-        self.num_mask_batches = self.num_mask_batches + 1
+        # In inference mode, too, what is made here must be fit for training later.
+        with torch.inference_mode(False):
+            seen = int(self.num_mask_batches)
+            if seen == 0 or (frequency and seen % frequency == 0):
+                self.refresh()
+            self.num_mask_batches = self.num_mask_batches + 1
 
     def step(self) -> None:
         """One step of the schedule."""
@@ -186,16 +217,12 @@ class MaskedWeights(nn.Module):
         self.refresh()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.mask_settings.pattern}"
+        return ", ".join(filter(None, [super().extra_repr(), f"pattern={self.mask_settings.pattern}"]))
 
 
-def copied_as(layer: nn.Module, cls: type[Any]) -> Any:
-    """Another module of this class with the same parameters, buffers, submodules, attributes and hooks."""
-    result = object.__new__(cls)
-    for key, value in vars(layer).items():
-        own = key in _CONTENTS or (key.endswith("_hooks") and isinstance(value, dict))
-        result.__dict__[key] = copy.copy(value) if own else value
-    return result
+def _is_recomputed() -> bool:
+    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
@@ -203,7 +230,8 @@ def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
     added = [name + suffix for name in weight_names for suffix in (_MASK, _GRADIENT)]
     for name in [*added, "num_mask_batches", "num_mask_steps"]:
         layer._buffers.pop(name, None)
-    layer.__dict__.pop("mask_settings", None)
+    for attribute in ("mask_settings", "float_class"):
+        layer.__dict__.pop(attribute, None)
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
         del hooks[key]

@@ -38,10 +38,14 @@ def check(weight: Any, pattern: Any) -> PatternCheck:
     """
     pattern, tensor = as_pattern(pattern), weight
     if isinstance(weight, nn.Module):
+        tensor = getattr(weight, "weight", None)
         effective = getattr(weight, "masked", None)
-        tensor = effective() if callable(effective) else getattr(weight, "weight", None)
+        if tensor is not None and callable(effective):
+            tensor = effective()
     if not isinstance(tensor, Tensor) or tensor.dim() < 2:
         raise ConfigError(f"a weight has at least 2 dims: (out, in); got {_described(weight, tensor)}")
+    if tensor.is_meta:
+        raise ConfigError(f"{_described(weight, tensor)} is on the meta device and has no values to look at")
     if isinstance(weight, nn.Module):
         tensor = layout_of(weight).rows(tensor)
     nonzero = tensor.detach() != 0

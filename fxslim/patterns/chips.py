@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fxslim.errors import ConfigError, UnsupportedLayerError, unknown_name
+from fxslim.errors import ConfigError, unknown_name
 
 _FAMILIES = {
     "TX5368": "8bit", "TX5339": "8bit", "TX5335": "8bit", "TX5336": "8bit or 16bit", "TX5256": "8bit or 16bit",
@@ -66,7 +66,7 @@ def _family(chip: str) -> str:
 
 def _obstacle(family: str, layer: nn.Module, *, strided: bool) -> str:
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        raise UnsupportedLayerError(f"{type(layer).__name__}: chips make convolutions and linear layers sparse")
+        return f"it is a {type(layer).__name__}: {family} makes Conv1d, Conv2d and linear layers sparse"
     if layer.groups > 1:
         return f"it has {layer.groups} groups: the rules are for plain convolutions"
     kernel_w, stride_w, channels = layer.kernel_size[-1], layer.stride[-1], layer.in_channels

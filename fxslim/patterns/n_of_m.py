@@ -57,12 +57,12 @@ class NM(Pattern):
         return self
 
     def gentler(self, ratio: float) -> "NM":
-        """Of the same m, the one that removes at most this fraction.
+        """Of the same m, the one that removes at most this fraction, and keeps one.
 
         >>> NM(2, 4).gentler(0.3)
         NM(n=3, m=4, axis=1)
         """
-        return NM(self.m - int(ratio * self.m + 1e-9), self.m, self.axis)
+        return NM(max(1, self.m - int(ratio * self.m + 1e-9)), self.m, self.axis)
 
     def mask(self, scores: Tensor) -> Tensor:
         """The n highest of every m."""

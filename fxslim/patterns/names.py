@@ -2,6 +2,7 @@
 """Patterns by name, and from plain data."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fxslim.errors import ConfigError, unknown_name
@@ -34,12 +35,14 @@ def as_pattern(pattern: Any) -> Pattern:
     raise ConfigError(unknown_name("pattern", pattern, _EXAMPLES))
 
 
-def pattern_from_dict(data: dict[str, Any]) -> Pattern:
+def pattern_from_dict(data: Mapping[str, Any]) -> Pattern:
     """The pattern that ``to_dict`` wrote.
 
     >>> pattern_from_dict({"kind": "n:m", "n": 1, "m": 4})
     NM(n=1, m=4, axis=1)
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a pattern as plain data is a dict with 'kind', got {data!r}")
     settings = dict(data)
     kind = str(settings.pop("kind", ""))
     if kind not in _KINDS:

@@ -42,7 +42,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
-        """True where an entry stays: the lowest of these (not negative) scores go, of equal ones the later."""
+        """True where an entry stays: the smallest magnitudes go, of a weight or of scores.
+
+        Of equal entries the later go, of equal blocks the earlier. NaN counts for more than infinity.
+        """
 
     @abstractmethod
     def count(self, nonzero: Tensor) -> Count:

@@ -48,8 +48,8 @@ class Unstructured(Pattern):
         return replace(self, ratio=ratio)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Without the lowest."""
-        rows = scores.detach().reshape(scores.shape[0] if self.per_output else 1, -1)
+        """Without the smallest."""
+        rows = scores.detach().abs().reshape(scores.shape[0] if self.per_output else 1, -1)
         return _highest(rows, round((self.ratio or 0.0) * rows.shape[1])).view(scores.shape)
 
     def count(self, nonzero: Tensor) -> Count:
