@@ -25,7 +25,7 @@ CONVOLUTIONS = {
 def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     rank, groups, transposed = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
     stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    padding, kernel = draw(st.integers(0, 3)), [draw(st.integers(1, 3)) for _ in range(rank)]
+    padding, kernel = draw(st.integers(0, 2)), [draw(st.integers(1, 3)) for _ in range(rank)]
     more: dict[str, Any] = {}
     if transposed:
         more["output_padding"] = draw(st.integers(0, max(stride, dilation) - 1))
