@@ -45,10 +45,12 @@ class LayerChoice:
     ) -> tuple[dict[str, Pattern], list[str]]:
         """The pattern of each weight, by name, and what is left out and why."""
         weights = find_weights(model, users)
-        wanted = None if self.layers is None else _maskable(model, self.layers, weights, "layers")
-        skipped = chosen_layers(model, self.skip, "skip")
-        _maskable(model, list(self.overrides), weights, "overrides")
-        own = settings_by_layer(model, self.overrides, "overrides")
+        layer_of = {weight.name: weight.layer for weight in weights}
+        wanted = None if self.layers is None else _maskable(model, _named(self.layers, layer_of), weights, "layers")
+        skipped = chosen_layers(model, _named(self.skip, layer_of), "skip")
+        overrides = {_named([item], layer_of)[0]: setting for item, setting in self.overrides.items()}
+        _maskable(model, list(overrides), weights, "overrides")
+        own = settings_by_layer(model, overrides, "overrides")
         by_role = _ratios_by_role(method, weights)
         uses = shared_weights(model)
         found: dict[str, Pattern] = {}
@@ -92,6 +94,12 @@ class LayerChoice:
                 "in skip="
             )
         return "" if value.any() else "all its entries are 0"
+
+
+def _named(chosen: Chosen, layer_of: Mapping[str, str]) -> list[str | type]:
+    """The same choice, with layers for the names of their weights."""
+    items = [chosen] if isinstance(chosen, str | type) else list(chosen)
+    return [layer_of.get(item, item) if isinstance(item, str) else item for item in items]
 
 
 def _maskable(model: nn.Module, chosen: Chosen, weights: list[MaskableWeight], argument: str) -> set[str]:

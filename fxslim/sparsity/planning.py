@@ -145,9 +145,5 @@ def _checked(pattern: Any, ratio: float | None, method: Method, scope: str) -> _
 def _stages(progressive: bool | int, wished: _Wishes) -> int:
     if isinstance(progressive, float) or not isinstance(progressive, int) or progressive < 0:
         raise ConfigError(f"progressive must be True, False or a number of stages, got {progressive!r}")
-    if progressive and not wished.method.needs:
-        raise ConfigError(
-            f"progressive= looks at what layers read once others are sparse, and method {wished.method.name!r} at "
-            "weights alone: give method='hessian', 'wanda', 'par' or 'first_order', or a schedule= for training"
-        )
-    return int(progressive)
+    # Weights alone are the same whatever became sparse before.
+    return int(progressive) if wished.method.needs else 0

@@ -25,7 +25,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scope": "adaptive", "pattern": "unstructured"}, ConfigError, "scope='adaptive' looks at data"),
     ({"scope": "global"}, ConfigError, "scope='global' gives layers ratios of their own, and 2:4 has one"),
     ({"scope": "all"}, ConfigError, "unknown scope 'all'"),
-    ({"progressive": True}, ConfigError, "progressive= looks at what layers read"),
+    ({"progressive": -1}, ConfigError, "progressive must be True, False or a number of stages, got -1"),
     ({"layers": "nowhere"}, ConfigError, "unknown layer 'nowhere'"),
     ({"layers": "1"}, UnsupportedLayerError, "layers: '1' is"),
     ({"layers": nn.Embedding}, UnsupportedLayerError, "masks are for linear layers"),
