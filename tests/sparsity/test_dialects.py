@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other tools' users write, in one line here: the table of docs/sparsity.md."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,7 +81,7 @@ def test_amct_four_select_two_with_update_freq() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         masks.append(model[7].weight_mask)
         optimizer.step()
-    changed = [not torch.equal(a, b) for a, b in zip(masks, masks[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(masks)]
     assert changed[::2] == [False] * 3
     fxslim.sparsity.bake(model)
     assert check(model[0], "2:4").ok
