@@ -83,10 +83,11 @@ def main() -> None:
         print(rows[-1], flush=True)
     lines = [
         f"# Memory of least squares at {WIDTH:,} channels, {datetime.date.today()}", "", machine(), "",
-        "MiB at the peak of `apply` above what the process held before, half of the channels removed; by entry: what the",
-        "sums of products of all entries of a filter would take alone.", "",
+        "MiB at the peak of `apply` above what the process held before, half of the channels removed; by entry: what",
+        "the sums of products of all entries of a filter would take alone.", "",
         "Reproduce: `python -m benchmarks.models.repair_memory`.", "",
-        "| layer that is refitted | apply | with least squares | more | by entry | seconds |", "|---|---|---|---|---|---|",
+        "| layer that is refitted | apply | with least squares | more | by entry | seconds |",
+        "|---|---|---|---|---|---|",
         *rows, "",
     ]  # fmt: skip
     path = options.report / f"{datetime.date.today()}-repair-memory.md"
