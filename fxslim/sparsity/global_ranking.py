@@ -38,7 +38,7 @@ def global_ratios(
     wanted = sum(totals[name] * (pattern.removed() or 0.0) for name, pattern in patterns.items())
     if wanted > most.sum():
         raise ConfigError(f"ratio is above {_MOST}, which is the most that scope='global' takes from a layer")
-    removed, nums = _fill(size, owner, most, wanted)
+    removed, nums = fill(size, owner, most, wanted)
     made = {}
     for i, name in enumerate(totals):
         pattern = patterns[name]
@@ -64,9 +64,11 @@ def _by_unit(scores: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(sizes)
 
 
-def _fill(size: np.ndarray, owner: np.ndarray, most: np.ndarray, wanted: float) -> tuple[np.ndarray, np.ndarray]:
+def fill(size: np.ndarray, owner: np.ndarray, most: np.ndarray, wanted: float) -> tuple[np.ndarray, np.ndarray]:
     """What each layer loses, in entries and units, when units go in this order and layers lose at most so much."""
     num = len(most)
+    # Float32 stops counting at 2^24.
+    size = size.astype(np.float64)
     before = np.zeros(len(size))
     for i in range(num):
         mine = owner == i

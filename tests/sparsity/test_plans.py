@@ -4,6 +4,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ import fxslim
 from fxslim import CheckpointError, ConfigError, PlanError, SparsityPlan
 from fxslim.patterns import NM, Block, Unstructured, check
 from fxslim.sparsity import Hessian, Par, bake
+from fxslim.sparsity.global_ranking import fill
 from tests.sparsity.small_networks import batches, small_net
 
 METHODS = ["magnitude", "l2", "first_order", "wanda", "par", "par_v2", "hessian"]
@@ -109,6 +111,13 @@ def test_global_is_one_ranking() -> None:
     for layer, weight in zip(layers, weights, strict=True):
         below = float((weight <= median).float().mean())
         assert 1 - float(layer.weight_mask.float().mean()) == pytest.approx(below, abs=2e-3)
+
+
+def test_many_entries_are_counted_one_by_one() -> None:
+    """More than 2^24 of them, where float32 stops counting."""
+    num = 3 * 2**23
+    removed, units = fill(np.ones(num, dtype=np.float32), np.arange(num) % 2, np.array([num, num]), num * 0.75)
+    assert removed.tolist() == units.tolist() == [num * 0.375, num * 0.375]
 
 
 def test_progressive_sees_what_sparse_layers_make() -> None:
