@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxslim.graph.masked_states import masked_state
 
@@ -43,11 +45,21 @@ class WeightUse:
 
 
 class WeightUses(TorchDispatchMode):
-    """Calls ``hear`` for each product with one of the named weights."""
+    """Calls ``hear`` for each product with one of the named weights.
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], hear: Callable[[WeightUse], None]) -> None:
+    ``hear_read`` gets the name and the running module wherever the values of a stored weight are read, in products or
+    not, except where a mask is put on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        hear: Callable[[WeightUse], None],
+        hear_read: Callable[[str, str], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.hear, self.weights = hear, dict(weights)
+        self.hear, self.hear_read, self.weights = hear, hear_read, dict(weights)
         self.by_memory = {_memory(weight): name for name, weight in self.weights.items()}
         self.names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         # Masked copies of weights, and the names they stand for; alive, so that their memory is not given out again.
@@ -60,7 +72,10 @@ class WeightUses(TorchDispatchMode):
         found = masked_state(func, args, self.names)
         if found is not None and _memory(found[0]) in self.by_memory:
             self.copies[_memory(result)] = self.by_memory[_memory(found[0])], result
-        elif name == "convolution":
+            return result
+        if self.hear_read is not None and not _makes_alike(name):
+            self._see_reads(tree_leaves((args, kwargs)), result, self.hear_read)
+        if name == "convolution":
             self._see_convolution(*args)
         elif name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
@@ -80,6 +95,12 @@ class WeightUses(TorchDispatchMode):
 
     def _module(self) -> str:
         return self.stack[-1] if self.stack else ""
+
+    def _see_reads(self, values: list[Any], result: Any, hear_read: Callable[[str, str], None]) -> None:
+        made = {_memory(value) for value in tree_leaves(result) if _has_memory(value)}
+        for memory in {_memory(value) for value in values if _has_memory(value)} - made:
+            if memory in self.by_memory:
+                hear_read(self.by_memory[memory], self._module())
 
     def _see_convolution(
         self, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
@@ -112,6 +133,19 @@ class WeightUses(TorchDispatchMode):
         first = start // columns
         x = left.reshape(-1, left.shape[-1])
         self.hear(WeightUse(name=name, x=x, first=first, last=first + right.shape[-1], module=self._module()))
+
+
+def ignored(use: WeightUse) -> None:
+    """Where only reads matter."""
+
+
+def _makes_alike(operator: str) -> bool:
+    """Whether only shape, dtype and device of a tensor matter."""
+    return operator.startswith("new_") or operator.endswith("_like")
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _memory(tensor: Tensor) -> int:
