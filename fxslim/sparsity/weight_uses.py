@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxslim.graph.masked_states import masked_state
+from fxslim.sparsity.weight_reads import WeightReads, memory_of
 
 # Where the factors of a product stand among its arguments.
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
@@ -47,8 +47,7 @@ class WeightUse:
 class WeightUses(TorchDispatchMode):
     """Calls ``hear`` for each product with one of the named weights.
 
-    ``hear_read`` gets the name and the running module wherever the values of a stored weight are read, in products or
-    not, except where a mask is put on.
+    ``hear_read`` gets the name and the running module where a stored weight is used in any way without a mask.
     """
 
     def __init__(
@@ -59,8 +58,10 @@ class WeightUses(TorchDispatchMode):
         hear_read: Callable[[str, str], None] | None = None,
     ) -> None:
         super().__init__()
-        self.hear, self.hear_read, self.weights = hear, hear_read, dict(weights)
-        self.by_memory = {_memory(weight): name for name, weight in self.weights.items()}
+        self.hear, self.weights = hear, dict(weights)
+        states = [*model.parameters(), *model.buffers()]
+        self.reads = None if hear_read is None else WeightReads(states, weights, hear_read)
+        self.by_memory = {memory_of(weight): name for name, weight in self.weights.items()}
         self.names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         # Masked copies of weights, and the names they stand for; alive, so that their memory is not given out again.
         self.copies: dict[int, tuple[str, Tensor]] = {}
@@ -70,11 +71,11 @@ class WeightUses(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
         found = masked_state(func, args, self.names)
-        if found is not None and _memory(found[0]) in self.by_memory:
-            self.copies[_memory(result)] = self.by_memory[_memory(found[0])], result
+        if found is not None and memory_of(found[0]) in self.by_memory:
+            self.copies[memory_of(result)] = self.by_memory[memory_of(found[0])], result
             return result
-        if self.hear_read is not None and not _makes_alike(name):
-            self._see_reads(tree_leaves((args, kwargs)), result, self.hear_read)
+        if self.reads is not None:
+            self.reads.see(name, tree_leaves((args, kwargs)), tree_leaves(result), self._module())
         if name == "convolution":
             self._see_convolution(*args)
         elif name in _PRODUCTS:
@@ -85,22 +86,18 @@ class WeightUses(TorchDispatchMode):
     def forget_copies(self) -> None:
         """After each batch: the next makes its own."""
         self.copies.clear()
+        if self.reads is not None:
+            self.reads.made.clear()
 
     def _weight(self, value: Tensor) -> tuple[str, Tensor] | None:
-        copied = self.copies.get(_memory(value))
+        copied = self.copies.get(memory_of(value))
         if copied is not None:
             return copied
-        name = self.by_memory.get(_memory(value))
+        name = self.by_memory.get(memory_of(value))
         return None if name is None else (name, self.weights[name])
 
     def _module(self) -> str:
         return self.stack[-1] if self.stack else ""
-
-    def _see_reads(self, values: list[Any], result: Any, hear_read: Callable[[str, str], None]) -> None:
-        made = {_memory(value) for value in tree_leaves(result) if _has_memory(value)}
-        for memory in {_memory(value) for value in values if _has_memory(value)} - made:
-            if memory in self.by_memory:
-                hear_read(self.by_memory[memory], self._module())
 
     def _see_convolution(
         self, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
@@ -137,19 +134,6 @@ class WeightUses(TorchDispatchMode):
 
 def ignored(use: WeightUse) -> None:
     """Where only reads matter."""
-
-
-def _makes_alike(operator: str) -> bool:
-    """Whether only shape, dtype and device of a tensor matter."""
-    return operator.startswith("new_") or operator.endswith("_like")
-
-
-def _has_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 @contextlib.contextmanager
