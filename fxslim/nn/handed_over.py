@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxslim.errors import UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_convolutions import (
     MaskedConv1d,
@@ -43,6 +44,15 @@ class HandedOver(MaskedWeights):
         for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
             del hooks[key]
         user.register_forward_pre_hook(functools.partial(_refresh_if_due, self))
+
+    def before_batch(self) -> None:
+        """As all masked layers; here too a weight that is computed by now, and shown without its mask, is refused."""
+        if "weight" not in self._parameters:
+            raise UnsupportedLayerError(
+                f"weight of this {self.float_class.__name__} is no parameter any more (weight_norm, parametrizations), "
+                "and those who read it would get it without its mask: bake(model) before such changes"
+            )
+        super().before_batch()
 
     def reset_parameters(self) -> None:
         """New random values for the parameter, not for the masked weight that ``weight`` shows."""

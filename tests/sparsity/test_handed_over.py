@@ -202,6 +202,18 @@ def test_optimizers_forget_what_is_masked() -> None:
     assert momentum[layer.weight_mask].any()
 
 
+def test_progressive_stages_and_schedules() -> None:
+    model = masked_net(method="hessian", progressive=2, data=[sequences(32)])
+    assert check(model[1].attn.qkv.weight.detach(), "2:4").ok
+    schedule = fxslim.schedules.LinearSchedule(end=0.5, steps=2)
+    model = masked_net(schedule=schedule)
+    ratios = []
+    for _ in range(2):
+        fxslim.sparsity.step_masks(model)
+        ratios.append(float((model[1].attn.qkv.weight == 0).float().mean()))
+    assert ratios == [0.25, 0.5]
+
+
 def test_the_model_itself_is_a_user() -> None:
     model = fxslim.sparsify(HandsOver(), "2:4", example_inputs=torch.randn(2, 8), update_freq=0)
     model.train()(torch.randn(2, 8))
