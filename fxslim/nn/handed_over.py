@@ -67,10 +67,11 @@ def _refresh_if_due(layer: nn.Module, user: nn.Module, args: Any) -> None:
 
 
 def stop_counting(user: nn.Module) -> None:
-    """Take the hooks of ``count_in`` away."""
+    """Take the hooks of ``count_in`` away that are of layers without a mask by now."""
     hooks = user._forward_pre_hooks
-    for key, hook in list(hooks.items()):
-        if isinstance(hook, functools.partial) and hook.func is _refresh_if_due:
+    ours = {k: h.args[0] for k, h in hooks.items() if isinstance(h, functools.partial) and h.func is _refresh_if_due}
+    for key, layer in ours.items():
+        if not isinstance(layer, HandedOver):
             del hooks[key]
 
 

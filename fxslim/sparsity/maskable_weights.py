@@ -75,7 +75,7 @@ def find_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWei
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS):
             continue
-        attributes = [a for a in _PROJECTIONS if module._parameters.get(a) is not None] or ["weight"]
+        attributes = [a for a in _PROJECTIONS if getattr(module, a, None) is not None] or ["weight"]
         for attribute in attributes:
             user = users.get(f"{name}.{attribute}".lstrip("."))
             obstacle = computed.get(name) or _obstacle(module, user)
@@ -109,6 +109,7 @@ def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) 
         for inputs in examples:
             with watched(model, uses):
                 inputs.copied().run(model)
+            uses.forget_copies()
     if data is not None:
         run_all(model, replace(data, batches=_first(data)), uses, lambda number: None)
     return _users_by_kind(model) | _users_seen(model, readers)

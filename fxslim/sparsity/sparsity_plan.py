@@ -111,7 +111,8 @@ class SparsityPlan:
             if values:
                 choose_masks(model, settings, self.method, self._data(data), self.progressive, changes)
                 mute_optimizer(model, settings, optimizer, changes)
-            try_forward(model, list(settings), self.inputs, (data or self.data) if values else None)
+            batches = self.data if data is None else data
+            try_forward(model, list(settings), self.inputs, batches if values else None)
         remember_plan(model, dataclasses.replace(self, data=None), changes)
 
     def _data(self, given: Data | None) -> Data | None:
@@ -172,6 +173,9 @@ class SparsityPlan:
             unknown = [one.name for one in weights if one.name not in shapes]
             if unknown:
                 raise PlanError(f"it masks {unknown[0]}, whose shape it does not know")
+            strange = users.keys() - data["weights"].keys()
+            if strange:
+                raise PlanError(f"it knows who uses {min(strange)}, which it does not mask")
             return cls(
                 weights=weights,
                 shapes=shapes,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxslim
-from fxslim import PlanError, SparsityPlan
+from fxslim import CheckpointError, PlanError, SparsityPlan
 from fxslim.nn import HandedOverLinear, MaskedLinear, MaskedMultiheadAttention
 from fxslim.patterns import check
 from fxslim.sparsity import bake
@@ -136,6 +136,8 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     wrong = plan.to_dict() | {"users": {"1.attn.qkv.weight": "1.attention"}}
     with pytest.raises(PlanError, match=r"it has no module 1\.attention"):
         SparsityPlan.from_dict(wrong).apply(window_net())
+    with pytest.raises(CheckpointError, match=r"it knows who uses nothing\.weight, which it does not mask"):
+        SparsityPlan.from_dict(plan.to_dict() | {"users": {"nothing.weight": "1"}})
     # A wrapper's prefix is no difference.
     wrapped = nn.ModuleDict({"module": window_net()})
     SparsityPlan.from_dict(plan.to_dict()).apply(wrapped)
@@ -296,6 +298,8 @@ def test_baking_a_part_leaves_its_user_working() -> None:
     model.train()(sequences())
     assert type(model[1].attn.qkv) is nn.Linear
     assert int(model[1].attn.proj.num_mask_batches) == 1
+    bake(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["swin_t", "swin_v2_t"])
