@@ -318,3 +318,27 @@ def test_swin(kind: str, seen: bool) -> None:
         assert all(result.ok for result in plan.check(model).values())
         assert torch.equal(bake(model)(x), found)
         assert check(model.features[1][0].attn.qkv.weight, "2:4").ok
+
+
+class ReadsElsewhere(nn.Module):
+    """Uses the weight of a layer that is no part of it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.elsewhere = nn.Linear(8, 8), [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(x), self.elsewhere[0].weight)
+
+
+def test_layers_elsewhere_go_on_where_their_user_is_baked() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+    model: Any = nn.Sequential(ReadsElsewhere(layer), nn.Identity())
+    model[1].layer = layer
+    plan = fxslim.plan_sparsity(model, "2:4", example_inputs=x, update_freq=1)
+    assert {one.name: one.user for one in plan.weights} == {"0.inner.weight": None, "1.layer.weight": "0"}
+    plan.apply(model)
+    bake(model[0])
+    assert type(model[0].inner) is nn.Linear
+    model.train()(x)
+    assert int(layer.num_mask_batches) == 1
