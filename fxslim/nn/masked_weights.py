@@ -118,7 +118,7 @@ class MaskedWeights(nn.Module):
     def _check_fit(self, pattern: Pattern) -> None:
         layout = layout_of(self)
         for name in self.maskable:
-            obstacle = pattern.obstacle(tuple(layout.rows(getattr(self, name)).shape), layout.groups)
+            obstacle = pattern.obstacle(tuple(layout.rows(self.stored(name)).shape), layout.groups)
             if obstacle:
                 raise ConfigError(f"{name} of this {self.float_class.__name__}: {obstacle}; leave the layer plain")
 
@@ -126,7 +126,7 @@ class MaskedWeights(nn.Module):
         """The plain layer, with zeros in its weights; this one stays as it is."""
         plain = copied_as(self, self.float_class)
         for name in self.weight_names:
-            weight = getattr(self, name)
+            weight = self.stored(name)
             plain.register_parameter(name, nn.Parameter(self.masked(name).detach().clone(), weight.requires_grad))
         strip_masks(plain, self.weight_names)
         return plain
@@ -135,7 +135,7 @@ class MaskedWeights(nn.Module):
         """Add the buffers for these parameters, by default all; nothing is masked yet."""
         self.mask_settings = settings
         for name in self.maskable if names is None else names:
-            weight = getattr(self, name)
+            weight = self.stored(name)
             self.register_buffer(name + _MASK, torch.ones_like(weight, dtype=torch.bool))
             if settings.regrow:
                 self.register_buffer(name + _GRADIENT, torch.zeros_like(weight))
@@ -146,9 +146,14 @@ class MaskedWeights(nn.Module):
                 self.register_buffer(counter, torch.zeros((), dtype=torch.int64, device=device))
         self.register_forward_pre_hook(refresh_if_due)
 
+    def stored(self, name: str = "weight") -> Tensor:
+        """The parameter itself, with the values of masked entries; the attribute may show what is masked."""
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
+
     def masked(self, name: str = "weight") -> Tensor:
         """A weight as the layer computes with it."""
-        weight, mask = getattr(self, name), self._buffers.get(name + _MASK)
+        weight, mask = self.stored(name), self._buffers.get(name + _MASK)
         if mask is None:
             return weight
         settings = self.mask_settings
@@ -187,7 +192,7 @@ class MaskedWeights(nn.Module):
 
     def _scores(self, name: str) -> Tensor:
         """Magnitudes; with ``regrow`` what is masked counts by its gradient, once there is one."""
-        weight, settings = getattr(self, name).detach().abs(), self.mask_settings
+        weight, settings = self.stored(name).detach().abs(), self.mask_settings
         if not settings.regrow:
             return weight
         mask, gradient = getattr(self, name + _MASK), getattr(self, name + _GRADIENT).abs()

@@ -77,3 +77,24 @@ def names_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             "apply a plan to the model that it was made for"
         )
     return own
+
+
+def module_in(model: nn.Module, name: str) -> str:
+    """The model's own name of a module that a plan knows; prefixes of wrappers may differ.
+
+    >>> module_in(nn.ModuleDict({"module": nn.ModuleDict({"head": nn.Linear(2, 2)})}), "head")
+    'module.head'
+    """
+    own = dict(model.named_modules())
+    if name in own:
+        return name
+    found = [other for other in own if _plain_module(other) == _plain_module(name)]
+    if not found:
+        raise PlanError(
+            f"the plan does not fit this model: it has no module {name}; apply a plan to the model that it was made for"
+        )
+    return found[0]
+
+
+def _plain_module(name: str) -> str:
+    return plain_name(f"{name}.").strip(".")

@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 
 from fxslim.batches import Data
 from fxslim.errors import CheckpointError, PlanError
+from fxslim.graph.model_state import HookState
 from fxslim.graph.recording import named_states
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import MaskedWeights
+from fxslim.nn.handed_over import stop_counting
 from fxslim.nn.masked_weights import strip_masks
 from fxslim.plan.applied_plans import names_in, remember_plan
 
@@ -67,8 +69,11 @@ class BakePlan:
         layers = [module for module in model.modules() if isinstance(module, MaskedWeights)]
         if not layers:
             raise PlanError("no layer of this model has a mask")
+        changes.on_undo(HookState(model).restore)
         for layer in layers:
             _bake_layer(layer, changes)
+        for module in model.modules():
+            stop_counting(module)
         remember_plan(model, self, changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def _bake_layer(module: MaskedWeights, changes: Changes) -> None:
     names, plain = module.weight_names, module.float_class
     before = dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
     for name in names:
-        weight = getattr(module, name)
+        weight = module.stored(name)
         changes.replace_data(weight, module.masked(name).detach().clone(), weight.grad)
 
     def restore() -> None:

@@ -65,7 +65,8 @@ class Weight:
 
     @property
     def parameter(self) -> Tensor:
-        return getattr(self.module, self.attribute)
+        module = self.module
+        return module.stored(self.attribute) if isinstance(module, MaskedWeights) else getattr(module, self.attribute)
 
     def rows(self) -> Tensor:
         """As the layer computes with it."""
@@ -171,7 +172,7 @@ def mute_optimizer(
     for name in settings:
         layer, _, attribute = name.rpartition(".")
         module: Any = model.get_submodule(layer)
-        weight, mask = getattr(module, attribute), getattr(module, attribute + "_mask")
+        weight, mask = module.stored(attribute), getattr(module, attribute + "_mask")
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 old = value.clone()

@@ -15,7 +15,7 @@ from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
 from fxslim.sparsity.input_statistics import run_all
-from fxslim.sparsity.weight_uses import WeightUse, WeightUses, watched
+from fxslim.sparsity.weight_uses import WeightUses, ignored, watched
 
 _OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
 COUNTERPARTS: dict[type[nn.Module], type[counterparts.MaskedWeights]] = {
@@ -28,6 +28,17 @@ COUNTERPARTS: dict[type[nn.Module], type[counterparts.MaskedWeights]] = {
     nn.ConvTranspose3d: counterparts.MaskedConvTranspose3d,
     nn.MultiheadAttention: counterparts.MaskedMultiheadAttention,
     _OUT_PROJ: counterparts.MaskedLinear,
+}
+# Where others read the weight.
+HANDED_OVER: dict[type[nn.Module], type[counterparts.HandedOver]] = {
+    nn.Linear: counterparts.HandedOverLinear,
+    nn.Conv1d: counterparts.HandedOverConv1d,
+    nn.Conv2d: counterparts.HandedOverConv2d,
+    nn.Conv3d: counterparts.HandedOverConv3d,
+    nn.ConvTranspose1d: counterparts.HandedOverConvTranspose1d,
+    nn.ConvTranspose2d: counterparts.HandedOverConvTranspose2d,
+    nn.ConvTranspose3d: counterparts.HandedOverConvTranspose3d,
+    _OUT_PROJ: counterparts.HandedOverLinear,
 }
 _KINDS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -50,61 +61,82 @@ class MaskableWeight:
 
     @property
     def weight(self) -> Tensor:
-        return getattr(self.module, self.attribute)
+        # The attribute of a masked layer may show another tensor.
+        parameter = self.module._parameters.get(self.attribute)
+        return getattr(self.module, self.attribute) if parameter is None else parameter
 
 
 def find_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWeight]:
     """All weights of linear layers, convolutions and attention, in the order of the model; each module once.
 
-    ``users``: for weights that other modules hand to a function, the name of such a module.
+    ``users``: as ``find_users`` tells.
     """
     computed, found = find_computed_layers(model), []
-    handed = {
-        f"{name}.{child}" if name else child: name or type(module).__name__
-        for name, module in model.named_modules()
-        if _HAND_OVER & {base.__name__ for base in type(module).__mro__}
-        for child, _ in module.named_children()
-    }
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS):
             continue
         attributes = [a for a in _PROJECTIONS if getattr(module, a, None) is not None] or ["weight"]
         for attribute in attributes:
-            weight = f"{name}.{attribute}".lstrip(".")
-            obstacle = computed.get(name) or _obstacle(module, handed.get(name) or users.get(weight, ""))
+            user = users.get(f"{name}.{attribute}".lstrip("."))
+            obstacle = computed.get(name) or _obstacle(module, user)
             found.append(MaskableWeight(layer=name, module=module, attribute=attribute, obstacle=obstacle))
     return found
 
 
-def _obstacle(module: nn.Module, user: str) -> str:
+def _obstacle(module: nn.Module, user: str | None) -> str:
     if isinstance(module, counterparts.MaskedWeights):
         return "it has a mask already: start from the model without it"
     if type(module) not in COUNTERPARTS:
         kind = next(k.__name__ for k in type(module).__mro__[1:] if k.__module__.startswith("torch.nn"))
         return f"{type(module).__name__} is a subclass of {kind}, and may compute something else"
-    if user and type(module) is not _OUT_PROJ:
-        return f"{user} hands its weight to a function, past the layer's own forward, where the mask is put on"
+    if user is not None and type(module) not in HANDED_OVER:
+        return f"{user or 'the model'} hands its weight to a function, past the layer's own forward"
     return ""
 
 
 def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) -> dict[str, str]:
-    """Modules that use weights of others, as far as one forward shows: {weight: module}."""
+    """For each weight that others than its layer read, a module in whose forward it is used: {weight: module}.
+
+    That is the layer itself where its own forward is called too. As far as one forward shows; without one only what
+    is known by the names of classes.
+    """
     weights = {
         name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1 and not parameter.is_meta
     }
-    found: dict[str, str] = {}
-
-    def hear(use: WeightUse) -> None:
-        if use.module != use.name.rpartition(".")[0]:
-            found.setdefault(use.name, use.module or "the model")
-
-    uses = WeightUses(model, weights, hear)
+    readers: dict[str, list[str]] = {}
+    uses = WeightUses(model, weights, ignored, lambda name, module: readers.setdefault(name, []).append(module))
     with torch.inference_mode(False), undisturbed(model, training=False), torch.no_grad():
         for inputs in examples:
             with watched(model, uses):
                 inputs.copied().run(model)
+            uses.forget_copies()
     if data is not None:
         run_all(model, replace(data, batches=_first(data)), uses, lambda number: None)
+    return _users_by_kind(model) | _users_seen(model, readers)
+
+
+def _users_by_kind(model: nn.Module) -> dict[str, str]:
+    """What is known without a forward."""
+    found = {}
+    for name, module in model.named_modules():
+        of_kind = _HAND_OVER & {base.__name__ for base in type(module).__mro__}
+        # The counterpart of nn.MultiheadAttention masks its out_proj by itself; subclasses have none.
+        heir = isinstance(module, nn.MultiheadAttention) and type(module) is not nn.MultiheadAttention
+        for child, layer in module.named_children():
+            if of_kind or (heir and type(layer) is _OUT_PROJ):
+                found[f"{name}.{child}.weight".lstrip(".")] = name
+    return found
+
+
+def _users_seen(model: nn.Module, readers: Mapping[str, list[str]]) -> dict[str, str]:
+    found = {}
+    for name, modules in readers.items():
+        layer, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(layer.rpartition(".")[0])
+        if type(owner) is nn.MultiheadAttention and attribute == "weight" and layer.endswith("out_proj"):
+            modules = [module for module in modules if module != layer.rpartition(".")[0]]
+        if set(modules) - {layer}:
+            found[name] = layer if layer in modules else modules[0]
     return found
 
 

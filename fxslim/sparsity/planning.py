@@ -115,13 +115,16 @@ def _planned(
         assert data is not None
         patterns = adaptive_ratios(model, patterns, wished.method, data)
     return SparsityPlan(
-        weights=tuple(WeightPlan(name=name, settings=replace(settings, pattern=own)) for name, own in patterns.items()),
+        weights=tuple(
+            WeightPlan(name=name, settings=replace(settings, pattern=own), user=users.get(name))
+            for name, own in patterns.items()
+        ),
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         method=wished.method,
         progressive=stages,
         notes=tuple(notes),
         inputs=examples,
-        data=data if wished.method.needs else None,
+        data=data,
     )
 
 

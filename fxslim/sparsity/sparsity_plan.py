@@ -16,16 +16,16 @@ from fxslim.batches import Data, Forward, as_data, repeatable
 from fxslim.errors import CheckpointError, ConfigError, PlanError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
-from fxslim.graph.recording import undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import MaskSettings
 from fxslim.patterns import PatternCheck
-from fxslim.plan.applied_plans import names_in, remember_plan
+from fxslim.plan.applied_plans import module_in, names_in, remember_plan
 from fxslim.plan.file_writing import write_file
 from fxslim.sparsity.mask_choice import choose_masks, mute_optimizer
 from fxslim.sparsity.masked_models import check_model, put_masks_on
 from fxslim.sparsity.methods import Method, method_from_dict
+from fxslim.sparsity.trial_forward import try_forward
 
 KIND = "sparsity"
 VERSION = 1
@@ -33,10 +33,14 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan:
-    """One weight of the plan: its name, and the pattern with what happens in training."""
+    """One weight of the plan: its name, and the pattern with what happens in training.
+
+    ``user``: where others read the weight, the module whose forwards count as the layer's.
+    """
 
     name: str
     settings: MaskSettings
+    user: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +59,7 @@ class SparsityPlan:
     notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
-    # Kept from planning, for methods that look at data. Not saved.
+    # Kept from planning, for methods that look at data, and for that forward where there are no inputs. Not saved.
     data: Data | None = None
 
     def apply(
@@ -101,12 +105,14 @@ class SparsityPlan:
         changes.on_undo(HookState(model).restore)
         changes.on_undo(ModelState(model).restore)
         settings = {names[one.name]: one.settings for one in self.weights}
+        users = {names[one.name]: module_in(model, one.user) for one in self.weights if one.user is not None}
         with torch.inference_mode(False), torch.no_grad():
-            put_masks_on(model, settings, changes)
+            put_masks_on(model, settings, users, changes)
             if values:
                 choose_masks(model, settings, self.method, self._data(data), self.progressive, changes)
                 mute_optimizer(model, settings, optimizer, changes)
-            self._try_forward(model)
+            batches = self.data if data is None else data
+            try_forward(model, list(settings), self.inputs, batches if values else None)
         remember_plan(model, dataclasses.replace(self, data=None), changes)
 
     def _data(self, given: Data | None) -> Data | None:
@@ -119,19 +125,6 @@ class SparsityPlan:
                 "or apply(model, data=batches), or apply(model, values=False) and load a state"
             )
         return data
-
-    def _try_forward(self, model: nn.Module) -> None:
-        for inputs in self.inputs:
-            if not inputs.have_values or any(parameter.is_meta for parameter in model.parameters()):
-                continue
-            try:
-                with undisturbed(model, training=False):
-                    inputs.copied().run(model)
-            except Exception as error:
-                raise PlanError(
-                    f"the masked model's forward failed on {inputs} ({type(error).__name__}: {error}). "
-                    "Nothing was changed"
-                ) from error
 
     def check(self, model: nn.Module) -> dict[str, PatternCheck]:
         """For each masked weight: violations of its pattern, and its share of zeros.
@@ -156,6 +149,7 @@ class SparsityPlan:
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "weights": {one.name: one.settings.to_dict() for one in self.weights},
+            "users": {one.name: one.user for one in self.weights if one.user is not None},
             "method": self.method.to_dict(),
             "progressive": self.progressive,
             "notes": list(self.notes),
@@ -171,13 +165,17 @@ class SparsityPlan:
             )
         try:
             shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
+            users = {str(name): str(user) for name, user in data.get("users", {}).items()}
             weights = tuple(
-                WeightPlan(name=name, settings=MaskSettings.from_dict(settings))
+                WeightPlan(name=name, settings=MaskSettings.from_dict(settings), user=users.get(name))
                 for name, settings in data["weights"].items()
             )
             unknown = [one.name for one in weights if one.name not in shapes]
             if unknown:
                 raise PlanError(f"it masks {unknown[0]}, whose shape it does not know")
+            strange = users.keys() - data["weights"].keys()
+            if strange:
+                raise PlanError(f"it knows who uses {min(strange)}, which it does not mask")
             return cls(
                 weights=weights,
                 shapes=shapes,

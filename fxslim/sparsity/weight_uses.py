@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxslim.graph.masked_states import masked_state
+from fxslim.sparsity.weight_reads import WeightReads, memory_of
 
 # Where the factors of a product stand among its arguments.
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
@@ -43,12 +45,23 @@ class WeightUse:
 
 
 class WeightUses(TorchDispatchMode):
-    """Calls ``hear`` for each product with one of the named weights."""
+    """Calls ``hear`` for each product with one of the named weights.
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], hear: Callable[[WeightUse], None]) -> None:
+    ``hear_read`` gets the name and the running module where a stored weight is used in any way without a mask.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        hear: Callable[[WeightUse], None],
+        hear_read: Callable[[str, str], None] | None = None,
+    ) -> None:
         super().__init__()
         self.hear, self.weights = hear, dict(weights)
-        self.by_memory = {_memory(weight): name for name, weight in self.weights.items()}
+        states = [*model.parameters(), *model.buffers()]
+        self.reads = None if hear_read is None else WeightReads(states, weights, hear_read)
+        self.by_memory = {memory_of(weight): name for name, weight in self.weights.items()}
         self.names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         # Masked copies of weights, and the names they stand for; alive, so that their memory is not given out again.
         self.copies: dict[int, tuple[str, Tensor]] = {}
@@ -58,9 +71,12 @@ class WeightUses(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
         found = masked_state(func, args, self.names)
-        if found is not None and _memory(found[0]) in self.by_memory:
-            self.copies[_memory(result)] = self.by_memory[_memory(found[0])], result
-        elif name == "convolution":
+        if found is not None and memory_of(found[0]) in self.by_memory:
+            self.copies[memory_of(result)] = self.by_memory[memory_of(found[0])], result
+            return result
+        if self.reads is not None:
+            self.reads.see(name, tree_leaves((args, kwargs)), tree_leaves(result), self._module())
+        if name == "convolution":
             self._see_convolution(*args)
         elif name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
@@ -70,12 +86,14 @@ class WeightUses(TorchDispatchMode):
     def forget_copies(self) -> None:
         """After each batch: the next makes its own."""
         self.copies.clear()
+        if self.reads is not None:
+            self.reads.made.clear()
 
     def _weight(self, value: Tensor) -> tuple[str, Tensor] | None:
-        copied = self.copies.get(_memory(value))
+        copied = self.copies.get(memory_of(value))
         if copied is not None:
             return copied
-        name = self.by_memory.get(_memory(value))
+        name = self.by_memory.get(memory_of(value))
         return None if name is None else (name, self.weights[name])
 
     def _module(self) -> str:
@@ -114,8 +132,8 @@ class WeightUses(TorchDispatchMode):
         self.hear(WeightUse(name=name, x=x, first=first, last=first + right.shape[-1], module=self._module()))
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def ignored(use: WeightUse) -> None:
+    """Where only reads matter."""
 
 
 @contextlib.contextmanager

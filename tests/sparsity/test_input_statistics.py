@@ -35,7 +35,7 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     layer = CONVOLUTIONS[rank, transposed](
         2 * groups, 3 * groups, kernel, stride, padding, dilation=dilation, groups=groups, bias=False, **more
     )
-    x = torch.randn(2, 2 * groups, *[draw(st.integers(6, 8)) for _ in range(rank)])
+    x = torch.randn(2, 2 * groups, *[draw(st.integers(7, 9)) for _ in range(rank)])
     return layer.double(), x.double()
 
 

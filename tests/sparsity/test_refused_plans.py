@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import fxslim
-from fxslim import CalibrationError, ConfigError, SparsityPlan, UnsupportedLayerError
+from fxslim import CalibrationError, ConfigError, UnsupportedLayerError
 from fxslim.patterns import Block
-from fxslim.sparsity import mask_choice
+from fxslim.sparsity import mask_choice, sparsity_plan
 from tests.pruning.small_models import snapshot
-from tests.sparsity.small_networks import HandsOver, batches, small_net
+from tests.sparsity.small_networks import ReadsAttention, ReadsKept, batches, small_net
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pattern": "2:4", "ratio": 0.7}, ConfigError, r"ratio=0.7 contradicts 2:4"),
@@ -108,7 +108,7 @@ def test_any_failure_of_apply_changes_nothing(
         raise KeyboardInterrupt
 
     if broken == "forward":
-        monkeypatch.setattr(SparsityPlan, "_try_forward", fails)
+        monkeypatch.setattr(sparsity_plan, "try_forward", fails)
     else:
         monkeypatch.setattr(mask_choice.Weight, "set", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -117,12 +117,35 @@ def test_any_failure_of_apply_changes_nothing(
     assert [type(m) for m in model.modules()] == kinds
 
 
-def test_weights_handed_to_functions_are_found() -> None:
-    plan = fxslim.plan_sparsity(HandsOver(), "2:4", example_inputs=torch.randn(2, 8))
-    assert [one.name for one in plan.weights] == ["first.weight"]
-    assert "second.weight stays dense: the model hands its weight to a function" in plan.notes[0]
-    with pytest.raises(UnsupportedLayerError, match=r"second\.weight"):
-        fxslim.plan_sparsity(HandsOver(), "2:4", data=[torch.randn(2, 8)], method="wanda", ineligible="error")
+def test_projections_of_attention_handed_to_functions_are_found() -> None:
+    """Other layers can be masked there: tests/sparsity/test_handed_over.py."""
+    plan = fxslim.plan_sparsity(ReadsAttention(), "2:4", example_inputs=torch.randn(2, 8))
+    assert [one.name for one in plan.weights] == ["first.weight", "attn.out_proj.weight"]
+    assert "attn.in_proj_weight stays dense: the model hands its weight to a function" in plan.notes[0]
+    with pytest.raises(UnsupportedLayerError, match=r"attn\.in_proj_weight: the model hands"):
+        fxslim.plan_sparsity(ReadsAttention(), "2:4", data=[torch.randn(2, 8)], method="wanda", ineligible="error")
+
+
+KEEPS: dict[str, Any] = {
+    "an attribute": lambda net: {"weight": net.second.weight},
+    "_parameters": lambda net: net.second._parameters,
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("seen_by", ["example_inputs", "data"])
+def test_weights_that_are_read_past_their_masks_are_refused(keep: str, seen_by: str) -> None:
+    model, x = ReadsKept(), torch.randn(2, 8)
+    model.kept = KEEPS[keep](model)
+    before, kinds = snapshot(model), [type(m) for m in model.modules()]
+    wishes: dict[str, Any] = {seen_by: x if seen_by == "example_inputs" else [x]}
+    with pytest.raises(UnsupportedLayerError, match=r"second\.weight: the model reads the stored weight itself"):
+        fxslim.sparsify(model, "2:4", **wishes)
+    assert snapshot(model) == before
+    assert [type(m) for m in model.modules()] == kinds
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    fxslim.sparsify(model, "2:4", skip="second", **wishes)
+    assert type(model.first) is fxslim.nn.MaskedLinear
 
 
 def test_shared_masked_and_computed_weights_stay() -> None:
