@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 # Channels whose exchanges are looked at together; more are shuffled into such parts, again in each round.
-_PART = 64
+_PART = 32
 _ROUNDS = 30
-# Products of channels and rows that one search may look at, and that all ways to share out two blocks may take.
-_WORK = 4e9
+# Entries compared by all rounds of a search, and by one look at all ways to share out two blocks.
+_WORK = 5e8
 _PAIR_WORK = 2e7
-# Rounds that gain less than this share of what is kept are the last.
+# Of what is kept: rounds of parts that gain less are the last.
 _LEAST_GAIN = 2e-4
 _DOUBLE_BELOW = 1 << 20
 
@@ -60,38 +60,43 @@ class _Search:
         """The order after all exchanges that gain."""
         random = torch.Generator().manual_seed(0)
         part = min(self.size, max(2, _PART // self.m) * self.m)
-        before, work = self.kept(order), 0.0
-        for _ in range(_ROUNDS):
-            order = self._round(order, part, random)
-            after, work = self.kept(order), work + self.size * part * self.columns.shape[1]
-            if part == self.size and after <= before * (1 + self.tolerance):
-                order = self._shared_out(order)
-                after = self.kept(order)
-            if after <= before * (1 + (self.tolerance if self.columns.numel() < _PAIR_WORK / 64 else _LEAST_GAIN)):
-                break
-            before = after
-            if work > _WORK:
+        work = self.size * part * self.columns.shape[1]
+        least = (self.tolerance if part == self.size else _LEAST_GAIN) * self.kept(order)
+        for _ in range(max(1, min(_ROUNDS, int(_WORK / work)))):
+            order, gain = self._round(order, part, random)
+            if gain <= least and part == self.size:
+                order, gain = self._shared_out(order)
+            if gain <= least:
                 break
         return order
 
     def _ranked(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For (blocks, m, rows): the n-th and the next highest of each block, and the sum of the n highest."""
-        ranked = blocks.sort(-2, descending=True).values
-        last = (self.n - 1).expand(*blocks.shape[:-2], 1, -1)
-        following = (self.n % self.m).expand(*blocks.shape[:-2], 1, -1)
-        total = ranked.cumsum(-2).gather(-2, last)
-        return ranked.gather(-2, last), ranked.gather(-2, following), total
+        ranked = _descending(blocks)
+        n = self.n.unique().tolist()
+        if len(n) == 1:
+            last, following, total = ranked[n[0] - 1], ranked[n[0] % self.m], torch.stack(ranked[: n[0]]).sum(0)
+        else:
+            stacked = torch.stack(ranked)
+            last = self._chosen(stacked, self.n - 1)
+            following = self._chosen(stacked, self.n % self.m)
+            total = self._chosen(stacked.cumsum(0), self.n - 1)
+        return last.unsqueeze(-2), following.unsqueeze(-2), total.unsqueeze(-2)
 
-    def _round(self, order: Tensor, part: int, random: torch.Generator) -> Tensor:
-        """Exchanges between pairs of blocks, each the best for both of its blocks."""
+    def _chosen(self, ranked: Tensor, which: Tensor) -> Tensor:
+        """Of (m, ..., rows) the one of ``which`` of each row."""
+        return ranked.gather(0, which.expand(1, *ranked.shape[1:])).squeeze(0)
+
+    def _round(self, order: Tensor, part: int, random: torch.Generator) -> tuple[Tensor, float]:
+        """Exchanges between pairs of blocks, each the best for both of its blocks; and what they gain."""
         blocks = order.view(-1, self.m)
         if part < self.size:
             blocks = blocks[torch.randperm(len(blocks), generator=random)]
         parts = [self._exchange(some) for some in blocks.split(part // self.m)]
-        return torch.cat(parts).flatten()
+        return torch.cat([new for new, _ in parts]).flatten(), sum(gain for _, gain in parts)
 
-    def _exchange(self, blocks: Tensor) -> Tensor:
-        """Blocks of channels (some, m) after exchanges of one channel each."""
+    def _exchange(self, blocks: Tensor) -> tuple[Tensor, float]:
+        """Blocks of channels (some, m) after exchanges of one channel each, and what those gain."""
         some, m = blocks.shape
         gain = self._gains(blocks).view(some, m, some, m).transpose(1, 2).flatten(2)
         best, which = gain.max(-1)
@@ -104,7 +109,7 @@ class _Search:
             b = int(partner[a])
             i, j = divmod(int(which[a, b]), m)
             new[a, i], new[b, j] = blocks[b, j], blocks[a, i]
-        return new
+        return new, float(most[chosen].sum())
 
     def _gains(self, blocks: Tensor) -> Tensor:
         """What is kept more after exchanging the channels of any two places; 0 where that is nothing."""
@@ -120,13 +125,13 @@ class _Search:
         gain = replaced + replaced.t() - now[:, None] - now
         return torch.where(gain > self.tolerance * (now[:, None] + now), gain, 0)
 
-    def _shared_out(self, order: Tensor) -> Tensor:
-        """Each two blocks share out their channels in the best of all ways, where there are few."""
-        blocks, m = order.view(-1, self.m).clone(), self.m
+    def _shared_out(self, order: Tensor) -> tuple[Tensor, float]:
+        """Each two blocks share out their channels in the best of all ways, where there are few; and the gain."""
+        blocks, m, gain = order.view(-1, self.m).clone(), self.m, 0.0
         ways = math.comb(2 * m - 1, m - 1)
         pairs = list(itertools.combinations(range(len(blocks)), 2))
         if len(pairs) * ways * 2 * m * self.columns.shape[1] > _PAIR_WORK:
-            return order
+            return order, 0.0
         first = [(0, *rest) for rest in itertools.combinations(range(1, 2 * m), m - 1)]
         splits = torch.tensor([[*own, *(i for i in range(2 * m) if i not in own)] for own in first])
         for a, b in pairs:
@@ -135,4 +140,14 @@ class _Search:
             best = int(kept.argmax())
             if kept[best] > kept[0] * (1 + self.tolerance):
                 blocks[a], blocks[b] = channels[splits[best]].view(2, m)
-        return blocks.flatten()
+                gain += float(kept[best] - kept[0])
+        return blocks.flatten(), gain
+
+
+def _descending(blocks: Tensor) -> list[Tensor]:
+    """The m entries of (..., m, rows) from the highest: neighbours change places, faster than sorting so few."""
+    ranked = list(blocks.unbind(-2))
+    for turn in range(len(ranked)):
+        for i in range(turn % 2, len(ranked) - 1, 2):
+            ranked[i], ranked[i + 1] = ranked[i].maximum(ranked[i + 1]), ranked[i].minimum(ranked[i + 1])
+    return ranked

@@ -110,7 +110,7 @@ def _planned(
         what = f"method {wished.method.name!r}" if wished.method.needs else "scope='adaptive'"
         raise ConfigError(f"{what} looks at data: give data=, batches that the model runs on")
     if wished.permute:
-        check_permutable(wished.pattern, examples)
+        check_permutable(model, wished.pattern, examples)
     users = find_users(model, examples, None if examples else data)
     patterns, notes = choice.patterns(model, wished.pattern, wished.method, users)
     if not patterns:

@@ -37,7 +37,7 @@ class _Move:
     new: Ids
 
 
-def check_permutable(pattern: Pattern, examples: Sequence[Inputs]) -> None:
+def check_permutable(model: nn.Module, pattern: Pattern, examples: Sequence[Inputs]) -> None:
     """Permuting needs a pattern of neighbouring inputs, and example inputs for finding what moves along."""
     if not isinstance(pattern, NM) or pattern.axis != 1:
         raise ConfigError(
@@ -48,15 +48,15 @@ def check_permutable(pattern: Pattern, examples: Sequence[Inputs]) -> None:
         raise ConfigError(
             "permute=True moves channels in all layers that share them, which a forward shows: give example_inputs="
         )
+    meta = [name for name, state in named_states(model) if state.is_meta]
+    if meta:
+        raise ConfigError(f"permute=True looks at weights, and {meta[0]} is on the meta device: give the model values")
     if not all(inputs.have_values for inputs in examples):
         raise ConfigError("permute=True is proved on example_inputs=, and these are on the meta device: give values")
 
 
 def plan_reordering(model: nn.Module, patterns: Mapping[str, Pattern], examples: Sequence[Inputs]) -> Reordering:
     """The order of channels in which these masks keep the most magnitude, proved to change nothing else."""
-    meta = [name for name, state in named_states(model) if state.is_meta]
-    if meta:
-        raise ConfigError(f"permute=True looks at weights, and {meta[0]} is on the meta device: give the model values")
     graph = trace(model, list(examples))
     nm = {name: own for name, own in patterns.items() if isinstance(own, NM) and own.axis == 1}
     readers = find_readers(model, graph.resolved, nm)
