@@ -17,7 +17,7 @@ from fxslim.graph.reordering import interchangeable_channels, reordering_cuts
 from fxslim.graph.surgery.cutting import Cut, cut_tensor
 from fxslim.patterns import NM, Pattern
 from fxslim.sparsity.channel_order import best_order
-from fxslim.sparsity.readers import Reader, View, find_readers
+from fxslim.sparsity.masked_readers import Reader, View, find_readers
 from fxslim.sparsity.reordering_proof import ReorderingProof, exact_parts
 
 

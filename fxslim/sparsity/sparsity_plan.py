@@ -73,9 +73,10 @@ class SparsityPlan:
         """Turn the layers into their masked counterparts, in place, and choose the masks; returns the model.
 
         Layers stay the same objects with the same Parameters, so optimizers go on; what ``optimizer`` keeps for
-        masked weights is set to 0. After any error the model is as it was. ``values=False`` masks nothing and leaves
-        the masks to a state dict. Methods that look at data read ``data`` by ``forward``; by default what the plan
-        was made with.
+        masked weights is set to 0. Where ``orders`` moves channels, gradients and optimizer state move along, and
+        losses from before can't be walked backward. After any error the model is as it was. ``values=False`` masks
+        nothing and leaves the masks to a state dict. Methods that look at data read ``data`` by ``forward``; by
+        default what the plan was made with.
         """
         changes = Changes()
         try:
