@@ -120,7 +120,7 @@ def _planned(
     elif wished.scope == "adaptive":
         assert data is not None
         patterns = adaptive_ratios(model, patterns, wished.method, data)
-    reordering = plan_reordering(model, patterns, examples) if wished.permute else Reordering()
+    reordering = plan_reordering(model, patterns, wished.method, data, examples) if wished.permute else Reordering()
     return SparsityPlan(
         weights=tuple(WeightPlan(name=name, settings=replace(settings, pattern=own)) for name, own in patterns.items()),
         shapes={name: tuple(state.shape) for name, state in named_states(model)},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from fxslim.batches import Data
 from fxslim.errors import ConfigError
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.groups import ResolvedLabels
@@ -17,7 +18,8 @@ from fxslim.graph.reordering import interchangeable_channels, reordering_cuts
 from fxslim.graph.surgery.cutting import Cut, cut_tensor
 from fxslim.patterns import NM, Pattern
 from fxslim.sparsity.channel_order import best_order
-from fxslim.sparsity.masked_readers import Reader, View, find_readers
+from fxslim.sparsity.masked_readers import Reader, View, find_readers, input_scores
+from fxslim.sparsity.methods import Method
 from fxslim.sparsity.reordering_proof import ReorderingProof, exact_parts
 
 
@@ -55,12 +57,19 @@ def check_permutable(model: nn.Module, pattern: Pattern, examples: Sequence[Inpu
         raise ConfigError("permute=True is proved on example_inputs=, and these are on the meta device: give values")
 
 
-def plan_reordering(model: nn.Module, patterns: Mapping[str, Pattern], examples: Sequence[Inputs]) -> Reordering:
-    """The order of channels in which these masks keep the most magnitude, proved to change nothing else."""
+def plan_reordering(
+    model: nn.Module,
+    patterns: Mapping[str, Pattern],
+    method: Method,
+    data: Data | None,
+    examples: Sequence[Inputs],
+) -> Reordering:
+    """The order of channels in which these masks keep the highest scores, proved to change nothing else."""
     graph = trace(model, list(examples))
     nm = {name: own for name, own in patterns.items() if isinstance(own, NM) and own.axis == 1}
-    readers = find_readers(model, graph.resolved, nm)
-    before = sum(reader.kept() for reader in readers)
+    scores = input_scores(model, nm, method, data)
+    readers = find_readers(model, graph.resolved, nm, scores)
+    before = _share(readers, ())
     moves = [
         move
         for channels in interchangeable_channels(graph)
@@ -74,16 +83,22 @@ def plan_reordering(model: nn.Module, patterns: Mapping[str, Pattern], examples:
         return reordering_cuts(graph.resolved, states, _places(graph.resolved, some))
 
     exact = exact_parts(moves, lambda some: proof.holds(cuts_of(some)))
-    total = sum(float(reader.magnitudes.sum()) for reader in readers)
     cuts = cuts_of(exact)
-    after = _kept(model, graph.resolved, nm, cuts)
+    after = _share(find_readers(model, graph.resolved, nm, scores), cuts)
     notes = [
-        f"permute: {sum(len(move.channels) for move in exact)} channels are reordered, and masks keep "
-        f"{after / total:.2%} of their weights' magnitude, not {before / total:.2%}"
+        f"permute: {sum(len(move.channels) for move in exact)} channels are reordered: masks keep {after:.2%} of a "
+        f"weight's {method.name} scores on average, not {before:.2%}"
     ]
     exact_ids = {id(move) for move in exact}
     notes += [_told(graph, move) for move in moves if id(move) not in exact_ids]
     return Reordering(cuts=cuts, notes=tuple(notes))
+
+
+def _share(readers: Sequence[Reader], cuts: Sequence[Cut]) -> float:
+    """What masks keep of the scores of a weight, on average, after these cuts."""
+    by_place = {(cut.name, cut.dim): cut for cut in cuts}
+    pairs = [(reader.kept(by_place.get(reader.slot.key)), float(reader.scores.sum())) for reader in readers]
+    return sum(kept / total if total else 1.0 for kept, total in pairs) / max(1, len(pairs))
 
 
 def _told(graph: ChannelGraph, move: _Move) -> str:
@@ -92,12 +107,6 @@ def _told(graph: ChannelGraph, move: _Move) -> str:
         f"permute: {len(move.channels)} channels of {group.name} keep their order: in another one the outputs on "
         "example_inputs differ"
     )
-
-
-def _kept(model: nn.Module, resolved: ResolvedLabels, patterns: Mapping[str, NM], cuts: Sequence[Cut]) -> float:
-    """What masks keep after all cuts."""
-    by_place = {(cut.name, cut.dim): cut for cut in cuts}
-    return sum(reader.kept(by_place.get(reader.slot.key)) for reader in find_readers(model, resolved, patterns))
 
 
 def _places(resolved: ResolvedLabels, moves: Sequence[_Move]) -> Ids:
@@ -123,7 +132,7 @@ def _best_move(resolved: ResolvedLabels, channels: Ids, readers: Sequence[Reader
     if sum(reader.kept(cut) - reader.kept() for reader, cut in found) <= 0:
         return None
     for reader, cut in found:
-        reader.magnitudes = cut_tensor(reader.magnitudes, [cut])
+        reader.scores = cut_tensor(reader.scores, [cut])
     return move
 
 

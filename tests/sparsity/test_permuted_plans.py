@@ -20,6 +20,7 @@ from fxslim.sparsity.reordering_proof import ReorderingProof, exact_parts
 from tests.graph.random_networks import RandomNetwork, randomise
 from tests.pruning.small_models import assert_unchanged, snapshot
 from tests.sparsity.permutable_networks import NETWORKS, PICTURE, Attention, Residual, Split, made
+from tests.sparsity.small_networks import batches, small_net
 
 FAMILIES = [*NETWORKS, *(pytest.param(lambda seed=seed: RandomNetwork(seed), id=f"random{seed}") for seed in range(40))]
 
@@ -258,3 +259,29 @@ def test_other_patterns_of_some_layers_are_left_out() -> None:
         made(Residual), "2:4", permute=True, example_inputs=PICTURE, overrides={"inner": "unstructured", "head": "1:4"}
     )
     assert {cut.name for cut in plan.orders} >= {"stem.weight", "inner.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("method", ["l2", "first_order", "wanda", "par_v2", "hessian"])
+def test_every_method_has_an_order_of_its_own(method: str) -> None:
+    model, x = small_net(), batches()[0][0]
+    wishes: dict[str, Any] = {"example_inputs": x, "data": batches(), "permute": True}
+    plan = fxslim.plan_sparsity(model, "2:4", method=method, **wishes)
+    by_magnitude = fxslim.plan_sparsity(model, "2:4", **wishes)
+    assert len(plan.orders) == len(by_magnitude.orders) == 6
+    assert plan.orders != by_magnitude.orders
+    assert change(model, plan.orders, x) < 1e-12
+    plan.apply(model)
+    assert all(found.ok for found in plan.check(model).values())
+
+
+def test_scores_of_the_method_are_what_is_kept() -> None:
+    model = small_net()
+    wishes: dict[str, Any] = {"example_inputs": batches()[0][0], "data": batches(), "method": "wanda"}
+    plan = fxslim.plan_sparsity(model, "2:4", permute=True, **wishes)
+    assert "of a weight's wanda scores on average" in plan.notes[-1]
+    (after, before) = (float(word.rstrip("%")) for word in plan.notes[-1].split() if word.endswith("%"))
+    assert after > before + 0.5
+    with torch.no_grad():
+        model[0].weight[0] = float("nan")
+    with pytest.raises(ConfigError, match=r"0\.weight has NaN or infinity in 72 of"):
+        fxslim.plan_sparsity(model, "2:4", permute=True, **wishes)
