@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxslim.errors import ConfigError, unknown_name
+from fxslim.graph.double_floats import in_double
 from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.recording import undisturbed
 from fxslim.pruning.decisions import Decision, RepeatedDecisions, TakenDecisions
-from fxslim.pruning.double_precision import in_double
 
 # Where a tensor comes from that the model itself returns.
 MODEL = "the model"

@@ -25,14 +25,13 @@ from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.unweighted_norms import find_unweighted_norms
 from fxslim.graph.width_scales import Scaling
 from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
+from fxslim.plan.cut_fields import pack_cuts, unpack_cuts
 from fxslim.plan.file_writing import write_file
 from fxslim.pruning.channel_masking import ChannelMask, mask_of
 from fxslim.pruning.constant_folding import Fold, folded_values
 from fxslim.pruning.example_shapes import describe_inputs, described_inputs
 from fxslim.pruning.plan_fields import (
-    pack_cuts,
     pack_scalings,
-    unpack_cuts,
     unpack_folds,
     unpack_scalings,
     unpack_sizes,

@@ -22,6 +22,7 @@ from fxslim.sparsity.eligible_weights import LayerChoice
 from fxslim.sparsity.global_ranking import global_ratios
 from fxslim.sparsity.maskable_weights import find_users
 from fxslim.sparsity.methods import Method, as_method
+from fxslim.sparsity.reordered_channels import Reordering, check_permutable, plan_reordering
 from fxslim.sparsity.sparsity_plan import SparsityPlan, WeightPlan
 
 _USUAL_RATIO = 0.5
@@ -33,6 +34,7 @@ class _Wishes:
     pattern: Pattern
     method: Method
     scope: str
+    permute: bool
 
 
 def plan_sparsity(
@@ -49,6 +51,7 @@ def plan_sparsity(
     loss: Loss | None = None,
     example_inputs: Any = None,
     scope: str = "layer",
+    permute: bool = False,
     progressive: bool | int = False,
     update_freq: int | None = None,
     gradient: str = "zero",
@@ -63,12 +66,13 @@ def plan_sparsity(
     ``pattern``: "2:4", "cin32cout64", "unstructured", or one of ``fxslim.patterns``; ``ratio``: what goes, where the
     pattern leaves it open (0.5). ``overrides``: {layer: ratio or pattern}. ``method``: magnitude, l2, first_order,
     wanda, par, par_v2, hessian, or one of ``fxslim.sparsity``; most look at ``data``. ``scope``: each "layer" alike,
-    one "global" ranking, or "adaptive" by how much outputs suffer. ``progressive``: layer by layer, in so many stages.
+    one "global" ranking, or "adaptive" by how much outputs suffer. ``permute`` channels first, so that N:M keeps
+    more; the model without masks computes what it did. ``progressive``: layer by layer, in so many stages.
     ``update_freq``, ``gradient``, ``regrow``, ``schedule`` are for training: ``fxslim.nn.MaskSettings``. What can't
     follow the pattern (or ``chip``, at ``bits``) stays dense: ``ineligible`` "warn", "error" or "ignore". With
     ``example_inputs`` or ``data`` weights that the model hands to a function are found.
     """
-    wished, given = _checked(pattern, ratio, as_method(method), scope), _given(data, forward, loss)
+    wished, given = _checked(pattern, ratio, as_method(method), scope, permute), _given(data, forward, loss)
     settings = MaskSettings(
         pattern=wished.pattern, update_freq=update_freq, gradient=gradient, regrow=regrow, schedule=schedule
     )
@@ -105,6 +109,8 @@ def _planned(
     if data is None and (wished.method.needs or wished.scope == "adaptive"):
         what = f"method {wished.method.name!r}" if wished.method.needs else "scope='adaptive'"
         raise ConfigError(f"{what} looks at data: give data=, batches that the model runs on")
+    if wished.permute:
+        check_permutable(model, wished.pattern, examples)
     users = find_users(model, examples, None if examples else data)
     patterns, notes = choice.patterns(model, wished.pattern, wished.method, users)
     if not patterns:
@@ -114,6 +120,7 @@ def _planned(
     elif wished.scope == "adaptive":
         assert data is not None
         patterns = adaptive_ratios(model, patterns, wished.method, data)
+    reordering = plan_reordering(model, patterns, wished.method, data, examples) if wished.permute else Reordering()
     return SparsityPlan(
         weights=tuple(
             WeightPlan(name=name, settings=replace(settings, pattern=own), user=users.get(name))
@@ -122,7 +129,8 @@ def _planned(
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         method=wished.method,
         progressive=stages,
-        notes=tuple(notes),
+        orders=reordering.cuts,
+        notes=(*notes, *reordering.notes),
         inputs=examples,
         data=data,
     )
@@ -134,7 +142,7 @@ def _given(data: Iterable[Any] | None, forward: Forward | None, loss: Loss | Non
     return None if data is None else repeatable(as_data(data, forward, loss))
 
 
-def _checked(pattern: Any, ratio: float | None, method: Method, scope: str) -> _Wishes:
+def _checked(pattern: Any, ratio: float | None, method: Method, scope: str, permute: bool) -> _Wishes:
     if scope not in _SCOPES:
         raise ConfigError(unknown_name("scope", str(scope), _SCOPES))
     found = as_pattern(pattern).at(ratio)
@@ -142,7 +150,7 @@ def _checked(pattern: Any, ratio: float | None, method: Method, scope: str) -> _
         found = found.at(_USUAL_RATIO)
     if isinstance(found, NM) and scope != "layer":
         raise ConfigError(f"scope={scope!r} gives layers ratios of their own, and {found} has one: take 'unstructured'")
-    return _Wishes(pattern=method.pattern_for(found), method=method, scope=scope)
+    return _Wishes(pattern=method.pattern_for(found), method=method, scope=scope, permute=permute)
 
 
 def _stages(progressive: bool | int, wished: _Wishes) -> int:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SparsityPlan: which weights get a mask of which pattern, and how it is chosen; structure only, saved as JSON."""
 
-import dataclasses
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.nn import MaskSettings
 from fxslim.patterns import PatternCheck
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
@@ -25,6 +25,7 @@ from fxslim.plan.file_writing import write_file
 from fxslim.sparsity.mask_choice import choose_masks, mute_optimizer
 from fxslim.sparsity.masked_models import check_model, put_masks_on
 from fxslim.sparsity.methods import Method, method_from_dict
+from fxslim.sparsity.order_fields import pack_orders, unpack_orders
 from fxslim.sparsity.trial_forward import try_forward
 
 KIND = "sparsity"
@@ -56,6 +57,8 @@ class SparsityPlan:
     method: Method
     # Layer by layer, each from what is read once the layers before it are sparse; so many times, ever sparser.
     progressive: int = 0
+    # An order of channels in which masks keep more; without masks the model computes what it did.
+    orders: tuple[Cut, ...] = ()
     notes: tuple[str, ...] = ()
     # Kept from planning: a forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -74,9 +77,10 @@ class SparsityPlan:
         """Turn the layers into their masked counterparts, in place, and choose the masks; returns the model.
 
         Layers stay the same objects with the same Parameters, so optimizers go on; what ``optimizer`` keeps for
-        masked weights is set to 0. After any error the model is as it was. ``values=False`` masks nothing and leaves
-        the masks to a state dict. Methods that look at data read ``data`` by ``forward``; by default what the plan
-        was made with.
+        masked weights is set to 0. Where ``orders`` moves channels, gradients and optimizer state move along, and
+        losses from before can't be walked backward. After any error the model is as it was. ``values=False`` masks
+        nothing and leaves the masks to a state dict. Methods that look at data read ``data`` by ``forward``; by
+        default what the plan was made with.
         """
         changes = Changes()
         try:
@@ -107,13 +111,17 @@ class SparsityPlan:
         settings = {names[one.name]: one.settings for one in self.weights}
         users = {names[one.name]: module_in(model, one.user) for one in self.weights if one.user is not None}
         with torch.inference_mode(False), torch.no_grad():
+            orders = [replace(cut, name=names[cut.name]) for cut in self.orders]
+            surgery = Surgery(model, orders, optimizer if orders else None)
+            surgery.commit(changes)
             put_masks_on(model, settings, users, changes)
             if values:
                 choose_masks(model, settings, self.method, self._data(data), self.progressive, changes)
                 mute_optimizer(model, settings, optimizer, changes)
             batches = self.data if data is None else data
             try_forward(model, list(settings), self.inputs, batches if values else None)
-        remember_plan(model, dataclasses.replace(self, data=None), changes)
+        remember_plan(model, replace(self, data=None), changes)
+        surgery.close_old_graphs(changes)
 
     def _data(self, given: Data | None) -> Data | None:
         if not self.method.needs:
@@ -152,6 +160,7 @@ class SparsityPlan:
             "users": {one.name: one.user for one in self.weights if one.user is not None},
             "method": self.method.to_dict(),
             "progressive": self.progressive,
+            "orders": pack_orders(self.orders),
             "notes": list(self.notes),
         }
 
@@ -181,6 +190,7 @@ class SparsityPlan:
                 shapes=shapes,
                 method=method_from_dict(data["method"]),
                 progressive=int(data["progressive"]),
+                orders=unpack_orders(data.get("orders", ()), shapes),
                 notes=tuple(map(str, data["notes"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
