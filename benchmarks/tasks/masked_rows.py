@@ -26,9 +26,12 @@ def masked_layers(model: nn.Module, pattern: str) -> list[str]:
 
 
 def ours(method: str, pattern: str, base: nn.Module, batches: Batches, layers: list[str]) -> nn.Module:
-    """``fxslim.sparsify``; "+ste": masks that follow the weights in training, every 50 batches."""
-    name, _, training = method.partition("+")
-    more: dict[str, Any] = {"gradient": "sr_ste", "update_freq": 50} if training == "ste" else {}
+    """``fxslim.sparsify``; "+ste": masks that follow the weights in training; "+permute": channels reordered first."""
+    name, _, extra = method.partition("+")
+    more: dict[str, Any] = {
+        "": {}, "ste": {"gradient": "sr_ste", "update_freq": 50},
+        "permute": {"permute": True, "example_inputs": batches[0][0][:2]},
+    }[extra]  # fmt: skip
     return fxslim.sparsify(copy.deepcopy(base), pattern, layers=layers, method=name, data=batches, **more)
 
 
