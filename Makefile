@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm memory scaling tasks abi sanitize clean
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm memory scaling tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -69,8 +69,12 @@ memory: setup  ## peak memory of tracing and pruning beside one forward; writes 
 scaling: setup  ## CPU time as models grow to 1,000 layers; writes a dated report
 	$(PYTHON) -m benchmarks.models.scaling
 
-tasks: setup  ## rank pruning criteria on a generated task (first: pip install torch-pruning==1.6.1); resumes; writes a dated report
+tasks: setup  ## rank pruning criteria and masks on a generated task (first: pip install torch-pruning==1.6.1); resumes; writes dated reports
 	$(PYTHON) -m benchmarks.tasks.compare
+	$(PYTHON) -m benchmarks.tasks.sparsity
+
+hessian: setup  ## pruning by second order beside the factors that it needs; writes a dated report
+	$(PYTHON) -m benchmarks.models.hessian_speed
 
 abi: setup  ## one library on torch 2.11 and on the newest: builds, op tests, symbol table
 	$(PYTHON) fxslim_ext/checks/abi.py
