@@ -19,8 +19,10 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def masked_layers(model: nn.Module, pattern: str) -> list[str]:
-    """Convolutions and linear layers that can follow the pattern, but the first and the last: the same for all."""
+    """What can follow the pattern but the first layer and the last, the same for all: in a transformer linear layers."""
     found = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][1:-1]
+    linear = [name for name in found if isinstance(model.get_submodule(name), nn.Linear)]
+    found = linear or found
     plan = fxslim.plan_sparsity(model, pattern, layers=found, ineligible="ignore")
     return [one.name.removesuffix(".weight") for one in plan.weights]
 
