@@ -19,7 +19,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def masked_layers(model: nn.Module, pattern: str) -> list[str]:
-    """What can follow the pattern but the first layer and the last, the same for all: in a transformer linear layers."""
+    """What can follow the pattern but the first layer and the last: in a transformer linear layers only."""
     found = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][1:-1]
     linear = [name for name in found if isinstance(model.get_submodule(name), nn.Linear)]
     found = linear or found
