@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxslim import nn as counterparts
 from fxslim.batches import Data
+from fxslim.errors import ConfigError
 from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
@@ -107,12 +108,22 @@ def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) 
     uses = WeightUses(model, weights, ignored, lambda name, module: readers.setdefault(name, []).append(module))
     with torch.inference_mode(False), undisturbed(model, training=False), torch.no_grad():
         for inputs in examples:
-            with watched(model, uses):
-                inputs.copied().run(model)
+            _run(model, inputs, uses)
             uses.forget_copies()
     if data is not None:
         run_all(model, replace(data, batches=_first(data)), uses, lambda number: None)
     return _users_by_kind(model) | _users_seen(model, readers)
+
+
+def _run(model: nn.Module, inputs: Inputs, uses: WeightUses) -> None:
+    try:
+        with watched(model, uses):
+            inputs.copied().run(model)
+    except Exception as error:
+        raise ConfigError(
+            f"the model's forward failed on example_inputs {inputs}: {type(error).__name__}: {error}; give inputs that "
+            "the model takes"
+        ) from error
 
 
 def _users_by_kind(model: nn.Module) -> dict[str, str]:

@@ -38,6 +38,16 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "wanda", "data": []}, ConfigError, "data has no batches"),
     ({"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)]}, ConfigError, "has no target"),
     ({"method": "wanda", "data": [torch.zeros(2, 3, 9, 9)]}, CalibrationError, "batch 0 of data"),
+    ({"method": "hessian", "data": [torch.zeros(0, 8, 9, 9)]}, CalibrationError, "data without a sample"),
+    ({"layers": 3}, ConfigError, "layers takes names, globs and types of layers, got 3"),
+    ({"skip": [nn.Linear(2, 2)]}, ConfigError, "skip takes names, globs and types"),
+    ({"overrides": {0: 0.5}}, ConfigError, "overrides takes names, globs and types of layers, got 0"),
+    ({"overrides": [("0", 0.5)]}, ConfigError, "overrides must be a dict of layers, got a list"),
+    (
+        {"example_inputs": torch.zeros(2, 3, 9, 9)},
+        ConfigError,
+        r"failed on example_inputs Inputs\(Tensor\(2, 3, 9, 9\)",
+    ),
     ({"chip": "TX510"}, ConfigError, "no layer is left to make sparse\n.*TX510 has no weight sparsity"),
     ({"chip": "TX99"}, ConfigError, "unknown chip 'TX99'"),
 ]
