@@ -125,5 +125,9 @@ def _check_reached(name: str, parts: list[Part], weight: tuple[nn.Module, Tensor
         return
     if at == rows and parts:
         raise CalibrationError(f"{name} ({rows} outputs) reads batches of data without a sample: give some that have")
-    reason = "data never reached it" if not parts else f"data reached rows {[(p.first, p.last) for p in parts]} of it"
+    reason = (
+        "data never reached it as inputs times its rows"
+        if not parts
+        else f"data reached rows {[(p.first, p.last) for p in parts]} of it"
+    )
     raise CalibrationError(f"{name} ({rows} outputs): {reason}; skip it, or give data that takes this path")

@@ -81,6 +81,13 @@ class WeightUses(TorchDispatchMode):
         elif name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
             self._see_product(left, right)
+            if not any(left.stride()[:-2]):
+                self._see_product(right.mT, left[0].mT if left.dim() > 2 else left.mT)
+        elif name == "mv":
+            self._see_product(args[1].unsqueeze(0), args[0].mT)
+        elif name == "_to_copy" and (copied := self._weight(args[0])) and args[0].stride() == result.stride():
+            # Autocast multiplies with a copy of another dtype.
+            self.copies[memory_of(result)] = copied[0], result
         return result
 
     def forget_copies(self) -> None:
@@ -118,17 +125,18 @@ class WeightUses(TorchDispatchMode):
         self.hear(WeightUse(name=found[0], x=x, first=0, last=rows, module=self._module(), convolution=convolution))
 
     def _see_product(self, left: Tensor, right: Tensor) -> None:
-        """x times (a part of) a weight transposed, so that its rows are the columns of the right factor."""
+        """x times (a part of) a weight transposed: its rows are the columns of the right factor."""
         found = self._weight(right)
         if found is None or right.dim() < 2 or found[1].dim() != 2:
             return
         name, weight = found
         columns = weight.shape[1]
-        start = int(right.storage_offset()) - int(weight.storage_offset())
-        if right.shape[-2] != columns or right.stride(-2) != 1 or right.stride(-1) != columns or start % columns:
+        first, skipped = divmod(int(right.storage_offset()) - int(weight.storage_offset()), columns)
+        read = right.shape[-2]
+        if skipped + read > columns or right.stride(-2) != 1 or right.stride(-1) != columns:
             return
-        first = start // columns
-        x = left.reshape(-1, left.shape[-1])
+        # Where only some columns are read, the others read 0.
+        x = nn.functional.pad(left.reshape(-1, read), (skipped, columns - skipped - read))
         self.hear(WeightUse(name=name, x=x, first=first, last=first + right.shape[-1], module=self._module()))
 
 

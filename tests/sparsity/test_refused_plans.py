@@ -168,3 +168,15 @@ def test_shared_masked_and_computed_weights_stay() -> None:
     assert "remove_parametrizations" in notes[2]
     masked = fxslim.sparsify(small_net(), "2:4", layers=nn.Linear)
     assert "it has a mask already" in fxslim.plan_sparsity(masked, "2:4").notes[0]
+
+
+def test_plans_of_other_models_and_without_values() -> None:
+    plan = fxslim.plan_sparsity(small_net(), "2:4")
+    with pytest.raises(fxslim.PlanError, match="has no module 3"):
+        plan.check(nn.Sequential(nn.Conv2d(8, 8, 3)))
+    with pytest.raises(fxslim.PlanError, match=r"has no 0\.weight"):
+        plan.check(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()))
+    wrapped = nn.ModuleDict({"module": plan.apply(small_net())})
+    assert all(found.ok for found in plan.check(wrapped).values())
+    with pytest.raises(ConfigError, match=r"scope='global' ranks weights, and 0\.weight is on the meta device"):
+        fxslim.plan_sparsity(small_net().to("meta"), "unstructured", scope="global")
