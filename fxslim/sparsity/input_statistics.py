@@ -45,7 +45,9 @@ class _Sums:
         for x in _pieces(use, weight):
             rows = read_rows(x, weight)
             rows = rows.double() if weight.dtype == torch.float64 else rows.float()
-            added = rows.square().sum(1) if self.squares_only else rows.transpose(1, 2) @ rows
+            # A user's autocast is for the model, and would round the sums.
+            with torch.autocast(rows.device.type, enabled=False):
+                added = rows.square().sum(1) if self.squares_only else rows.transpose(1, 2) @ rows
             if not torch.isfinite(added).all():
                 raise CalibrationError(
                     f"{use.name} reads NaN, infinity or numbers too large to square in batch {self.batch} of data: "

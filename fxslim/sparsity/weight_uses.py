@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxslim.graph.masked_states import masked_state
 from fxslim.sparsity.weight_reads import WeightReads, memory_of
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Where the factors of a product stand among its arguments.
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
 
@@ -68,6 +70,10 @@ class WeightUses(TorchDispatchMode):
         self.stack: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # There nothing takes linear and matmul apart before they come here.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
         found = masked_state(func, args, self.names)

@@ -160,3 +160,31 @@ def test_autocast_multiplies_with_copies() -> None:
 
     plan = fxslim.plan_sparsity(model, "2:4", method="hessian", data=[x, x + 1], forward=run)
     assert all(found.ok for found in plan.check(plan.apply(model)).values())
+
+
+@pytest.mark.parametrize("method", ["first_order", "par", "hessian"])
+def test_planning_under_autocast(method: str) -> None:
+    data = [(torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 0, 1]))]
+    with torch.autocast("cpu", torch.bfloat16):
+        model = fxslim.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "2:4", method=method, data=data)
+    assert fxslim.patterns.check(model[0], "2:4").sparsity == 0.5
+
+
+def test_sums_under_autocast_are_not_rounded() -> None:
+    x = torch.randn(600, 8).bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gathered(nn.Sequential(nn.Linear(8, 4)), [x], "0.weight")["0.weight"][0].gram
+    torch.testing.assert_close(found, x.t() @ x)
+
+
+def test_forwards_in_inference_mode() -> None:
+    model, x = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(8, 4)), torch.randn(6, 8, 1)
+
+    def run(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(batch)
+
+    plan = fxslim.plan_sparsity(model, "2:4", method="par_v2", data=[x, x + 1], forward=run)
+    assert all(found.ok for found in plan.check(plan.apply(model)).values())
+    model(x).sum().backward()
+    assert model[2].weight.grad is not None
