@@ -39,6 +39,17 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)]}, ConfigError, "has no target"),
     ({"method": "wanda", "data": [torch.zeros(2, 3, 9, 9)]}, CalibrationError, "batch 0 of data"),
     ({"method": "hessian", "data": [torch.zeros(0, 8, 9, 9)]}, CalibrationError, "data without a sample"),
+    ({"pattern": "unstructured", "ratio": 0.9999}, ConfigError, "entries: unstructured 100% would remove all"),
+    (
+        {"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)], "loss": lambda outputs, batch: outputs[9]},
+        CalibrationError,
+        "the loss of batch 0 of data failed: IndexError",
+    ),
+    (
+        {"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)], "loss": lambda outputs, _: outputs.sum().detach()},
+        CalibrationError,
+        "the loss of batch 0 of data has no gradient",
+    ),
     ({"layers": 3}, ConfigError, "layers takes names, globs and types of layers, got 3"),
     ({"skip": [nn.Linear(2, 2)]}, ConfigError, "skip takes names, globs and types"),
     ({"overrides": {0: 0.5}}, ConfigError, "overrides takes names, globs and types of layers, got 0"),
