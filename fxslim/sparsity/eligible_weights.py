@@ -13,7 +13,7 @@ from fxslim.graph.layer_choice import Chosen, chosen_layers, settings_by_layer
 from fxslim.patterns import Pattern, as_pattern, eligible
 from fxslim.patterns.pattern import check_ratio
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.sparsity.maskable_weights import MaskableWeight, find_weights, shared_weights
+from fxslim.sparsity.maskable_weights import MaskableWeight, find_unmaskable, find_weights, shared_weights
 from fxslim.sparsity.methods import Method, Par
 
 _log = logging.getLogger(__name__)
@@ -75,13 +75,21 @@ class LayerChoice:
             obstacle = obstacle or self._obstacle(weight, chosen)
             if not obstacle:
                 found[weight.name] = chosen
-            elif self.ineligible == "error":
-                raise UnsupportedLayerError(f"{weight.name}: {obstacle}; name it in skip=")
             else:
-                notes.append(f"{weight.name} stays dense: {obstacle}")
-                if self.ineligible == "warn":
-                    _log.warning("sparsity: %s", notes[-1])
+                notes.append(self._told(weight.name, obstacle))
+        if wanted is None:
+            others = {name: kind for name, kind in find_unmaskable(model).items() if name not in skipped}
+            notes += [self._told(name, f"masks are for no {kind}") for name, kind in others.items()]
         return found, notes
+
+    def _told(self, name: str, obstacle: str) -> str:
+        """The note that something stays dense, as loud as the user wishes."""
+        if self.ineligible == "error":
+            raise UnsupportedLayerError(f"{name}: {obstacle}; name it in skip=")
+        note = f"{name} stays dense: {obstacle}"
+        if self.ineligible == "warn":
+            _log.warning("sparsity: %s", note)
+        return note
 
     def _obstacle(self, weight: MaskableWeight, pattern: Pattern) -> str:
         layout = layout_of(weight.module)

@@ -43,7 +43,10 @@ HANDED_OVER: dict[type[nn.Module], type[counterparts.HandedOver]] = {
 }
 _KINDS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# By name, so that nothing is imported that the user did not import: these hand their layers' weights to a function.
+_UNMASKABLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+# By name, so that nothing is imported that the user did not import: transformers' linear layer of GPT-2.
+_MATRIX_LAYERS = {"Conv1D"}
+# These hand their layers' weights to a function.
 _HAND_OVER = {"ShiftedWindowAttention", "ShiftedWindowAttentionV2"}
 
 
@@ -82,6 +85,20 @@ def find_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWei
             obstacle = computed.get(name) or _obstacle(module, user)
             found.append(MaskableWeight(layer=name, module=module, attribute=attribute, obstacle=obstacle))
     return found
+
+
+def find_unmaskable(model: nn.Module) -> dict[str, str]:
+    """Layers that multiply with matrices of their own and can have no mask, and their kinds.
+
+    >>> find_unmaskable(nn.Sequential(nn.GRU(2, 2), nn.Linear(2, 2)))
+    {'0': 'GRU'}
+    """
+    return {
+        name or "the model": type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, _UNMASKABLE) or _MATRIX_LAYERS & {base.__name__ for base in type(module).__mro__}
+        if not isinstance(module, _KINDS) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
 
 
 def _obstacle(module: nn.Module, user: str | None) -> str:

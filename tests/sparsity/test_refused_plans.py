@@ -191,3 +191,13 @@ def test_plans_of_other_models_and_without_values() -> None:
     assert all(found.ok for found in plan.check(wrapped).values())
     with pytest.raises(ConfigError, match=r"scope='global' ranks weights, and 0\.weight is on the meta device"):
         fxslim.plan_sparsity(small_net().to("meta"), "unstructured", scope="global")
+
+
+def test_matrices_that_can_have_no_mask_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"read": nn.LSTM(8, 8), "pair": nn.Bilinear(8, 8, 4), "head": nn.Linear(8, 4)})
+    plan = fxslim.plan_sparsity(model, "2:4", skip="pair")
+    assert plan.notes == ("read stays dense: masks are for no LSTM",)
+    assert plan.notes[0] in caplog.text
+    assert fxslim.plan_sparsity(model, "2:4", layers="head").notes == ()
+    with pytest.raises(UnsupportedLayerError, match="read: masks are for no LSTM; name it in skip="):
+        fxslim.plan_sparsity(model, "2:4", ineligible="error")
