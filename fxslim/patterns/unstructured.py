@@ -61,7 +61,10 @@ class Unstructured(Pattern):
     def obstacle(self, shape: tuple[int, ...], groups: int) -> str:
         """Too few entries for the ratio."""
         size = torch.Size(shape[1:] if self.per_output else shape).numel()
-        return f"{size} entries: {self} would remove none" if self.ratio and not round(self.ratio * size) else ""
+        num_removed = round((self.ratio or 0.0) * size)
+        if self.ratio and num_removed in (0, size):
+            return f"{size} entries: {self} would remove {'all' if num_removed else 'none'}"
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """The pattern as plain data."""

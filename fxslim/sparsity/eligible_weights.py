@@ -2,7 +2,7 @@
 """Which weights get a mask: those that the user names, that can have one, and that can follow the pattern."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fxslim.graph.layer_choice import Chosen, chosen_layers, settings_by_layer
 from fxslim.patterns import Pattern, as_pattern, eligible
 from fxslim.patterns.pattern import check_ratio
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.sparsity.maskable_weights import MaskableWeight, find_weights, shared_weights
+from fxslim.sparsity.maskable_weights import MaskableWeight, find_unmaskable, find_weights, shared_weights
 from fxslim.sparsity.methods import Method, Par
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class LayerChoice:
     def __post_init__(self) -> None:
         if self.ineligible not in INELIGIBLE:
             raise ConfigError(unknown_name("ineligible", str(self.ineligible), INELIGIBLE))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a dict of layers, got a {type(self.overrides).__name__}")
 
     def patterns(
         self, model: nn.Module, pattern: Pattern, method: Method, users: Mapping[str, str]
@@ -46,9 +48,13 @@ class LayerChoice:
         """The pattern of each weight, by name, and what is left out and why."""
         weights = find_weights(model, users)
         layer_of = {weight.name: weight.layer for weight in weights}
-        wanted = None if self.layers is None else _maskable(model, _named(self.layers, layer_of), weights, "layers")
-        skipped = chosen_layers(model, _named(self.skip, layer_of), "skip")
-        overrides = {_named([item], layer_of)[0]: setting for item, setting in self.overrides.items()}
+        wanted = (
+            None
+            if self.layers is None
+            else _maskable(model, _named(self.layers, layer_of, "layers"), weights, "layers")
+        )
+        skipped = chosen_layers(model, _named(self.skip, layer_of, "skip"), "skip")
+        overrides = {_named([item], layer_of, "overrides")[0]: setting for item, setting in self.overrides.items()}
         _maskable(model, list(overrides), weights, "overrides")
         own = settings_by_layer(model, overrides, "overrides")
         by_role = _ratios_by_role(method, weights)
@@ -69,13 +75,21 @@ class LayerChoice:
             obstacle = obstacle or self._obstacle(weight, chosen)
             if not obstacle:
                 found[weight.name] = chosen
-            elif self.ineligible == "error":
-                raise UnsupportedLayerError(f"{weight.name}: {obstacle}; name it in skip=")
             else:
-                notes.append(f"{weight.name} stays dense: {obstacle}")
-                if self.ineligible == "warn":
-                    _log.warning("sparsity: %s", notes[-1])
+                notes.append(self._told(weight.name, obstacle))
+        if wanted is None:
+            others = {name: kind for name, kind in find_unmaskable(model).items() if name not in skipped}
+            notes += [self._told(name, f"masks are for no {kind}") for name, kind in others.items()]
         return found, notes
+
+    def _told(self, name: str, obstacle: str) -> str:
+        """The note that something stays dense, as loud as the user wishes."""
+        if self.ineligible == "error":
+            raise UnsupportedLayerError(f"{name}: {obstacle}; name it in skip=")
+        note = f"{name} stays dense: {obstacle}"
+        if self.ineligible == "warn":
+            _log.warning("sparsity: %s", note)
+        return note
 
     def _obstacle(self, weight: MaskableWeight, pattern: Pattern) -> str:
         layout = layout_of(weight.module)
@@ -96,9 +110,12 @@ class LayerChoice:
         return "" if value.any() else "all its entries are 0"
 
 
-def _named(chosen: Chosen, layer_of: Mapping[str, str]) -> list[str | type]:
+def _named(chosen: Chosen, layer_of: Mapping[str, str], argument: str) -> list[str | type]:
     """The same choice, with layers for the names of their weights."""
-    items = [chosen] if isinstance(chosen, str | type) else list(chosen)
+    items: list[Any] = [chosen] if isinstance(chosen, str | type) or not isinstance(chosen, Iterable) else list(chosen)
+    for item in items:
+        if not isinstance(item, str | type):
+            raise ConfigError(f"{argument} takes names, globs and types of layers, got {item!r}")
     return [layer_of.get(item, item) if isinstance(item, str) else item for item in items]
 
 

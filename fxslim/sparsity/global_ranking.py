@@ -22,6 +22,9 @@ def global_ratios(
 ) -> dict[str, Pattern]:
     """The lowest entries or blocks of all layers together go, as many entries as the given ratios remove."""
     weights = {name: Weight(model, name) for name in patterns}
+    meta = [name for name, weight in weights.items() if weight.parameter.is_meta]
+    if meta:
+        raise ConfigError(f"scope='global' ranks weights, and {meta[0]} is on the meta device: give the model values")
     scores, sizes, owners = [], [], []
     totals: dict[str, int] = {}
     for some, seen in seen_by_weight(model, weights, method, data):

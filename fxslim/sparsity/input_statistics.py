@@ -45,7 +45,9 @@ class _Sums:
         for x in _pieces(use, weight):
             rows = read_rows(x, weight)
             rows = rows.double() if weight.dtype == torch.float64 else rows.float()
-            added = rows.square().sum(1) if self.squares_only else rows.transpose(1, 2) @ rows
+            # A user's autocast is for the model, and would round the sums.
+            with torch.autocast(rows.device.type, enabled=False):
+                added = rows.square().sum(1) if self.squares_only else rows.transpose(1, 2) @ rows
             if not torch.isfinite(added).all():
                 raise CalibrationError(
                     f"{use.name} reads NaN, infinity or numbers too large to square in batch {self.batch} of data: "
@@ -121,7 +123,13 @@ def _check_reached(name: str, parts: list[Part], weight: tuple[nn.Module, Tensor
         if part.first != at:
             break
         at = part.last
-    if at == rows and parts:
+    if at == rows and all(part.num for part in parts) and parts:
         return
-    reason = "data never reached it" if not parts else f"data reached rows {[(p.first, p.last) for p in parts]} of it"
+    if at == rows and parts:
+        raise CalibrationError(f"{name} ({rows} outputs) reads batches of data without a sample: give some that have")
+    reason = (
+        "data never reached it as inputs times its rows"
+        if not parts
+        else f"data reached rows {[(p.first, p.last) for p in parts]} of it"
+    )
     raise CalibrationError(f"{name} ({rows} outputs): {reason}; skip it, or give data that takes this path")

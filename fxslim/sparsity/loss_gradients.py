@@ -2,12 +2,13 @@
 """The mean magnitude of weight times gradient over a user's batches."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxslim.batches import Data
-from fxslim.errors import CalibrationError
+from fxslim.errors import CalibrationError, FxslimError
 from fxslim.graph.recording import undisturbed
 
 
@@ -21,8 +22,8 @@ def gradient_scores(model: nn.Module, data: Data, names: Sequence[str]) -> dict[
         for weight in frozen:
             weight.requires_grad_(True)
         with torch.inference_mode(False), undisturbed(model, training=False), torch.enable_grad():
-            for batch in data:
-                loss = data.score(model, batch)
+            for number, batch in enumerate(data):
+                loss = _scored(model, data, number, batch)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                 for name, weight, gradient in zip(names, weights, gradients, strict=True):
                     if gradient is None:
@@ -36,3 +37,22 @@ def gradient_scores(model: nn.Module, data: Data, names: Sequence[str]) -> dict[
         for weight in frozen:
             weight.requires_grad_(False)
     return sums
+
+
+def _scored(model: nn.Module, data: Data, number: int, batch: Any) -> Tensor:
+    """The loss of a batch; an error names the batch."""
+    try:
+        loss = data.score(model, batch)
+    except FxslimError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"the loss of batch {number} of data failed: {type(error).__name__}: {error}; give batches that the model "
+            "takes and targets that fit, or loss(outputs, batch)"
+        ) from error
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"the loss of batch {number} of data has no gradient: forward= and loss= must work without no_grad, "
+            "inference_mode and detach"
+        )
+    return loss

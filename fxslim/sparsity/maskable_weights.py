@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxslim import nn as counterparts
 from fxslim.batches import Data
+from fxslim.errors import ConfigError
 from fxslim.graph.computed_layers import find_computed_layers
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
@@ -42,7 +43,10 @@ HANDED_OVER: dict[type[nn.Module], type[counterparts.HandedOver]] = {
 }
 _KINDS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# By name, so that nothing is imported that the user did not import: these hand their layers' weights to a function.
+_UNMASKABLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+# By name, so that nothing is imported that the user did not import: transformers' linear layer of GPT-2.
+_MATRIX_LAYERS = {"Conv1D"}
+# These hand their layers' weights to a function.
 _HAND_OVER = {"ShiftedWindowAttention", "ShiftedWindowAttentionV2"}
 
 
@@ -83,6 +87,20 @@ def find_weights(model: nn.Module, users: Mapping[str, str]) -> list[MaskableWei
     return found
 
 
+def find_unmaskable(model: nn.Module) -> dict[str, str]:
+    """Layers that multiply with matrices of their own and can have no mask, and their kinds.
+
+    >>> find_unmaskable(nn.Sequential(nn.GRU(2, 2), nn.Linear(2, 2)))
+    {'0': 'GRU'}
+    """
+    return {
+        name or "the model": type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, _UNMASKABLE) or _MATRIX_LAYERS & {base.__name__ for base in type(module).__mro__}
+        if not isinstance(module, _KINDS) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
+
+
 def _obstacle(module: nn.Module, user: str | None) -> str:
     if isinstance(module, counterparts.MaskedWeights):
         return "it has a mask already: start from the model without it"
@@ -107,12 +125,22 @@ def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) 
     uses = WeightUses(model, weights, ignored, lambda name, module: readers.setdefault(name, []).append(module))
     with torch.inference_mode(False), undisturbed(model, training=False), torch.no_grad():
         for inputs in examples:
-            with watched(model, uses):
-                inputs.copied().run(model)
+            _run(model, inputs, uses)
             uses.forget_copies()
     if data is not None:
         run_all(model, replace(data, batches=_first(data)), uses, lambda number: None)
     return _users_by_kind(model) | _users_seen(model, readers)
+
+
+def _run(model: nn.Module, inputs: Inputs, uses: WeightUses) -> None:
+    try:
+        with watched(model, uses):
+            inputs.copied().run(model)
+    except Exception as error:
+        raise ConfigError(
+            f"the model's forward failed on example_inputs {inputs}: {type(error).__name__}: {error}; give inputs that "
+            "the model takes"
+        ) from error
 
 
 def _users_by_kind(model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import MaskedMultiheadAttention, MaskedWeights, MaskSettings
 from fxslim.patterns import PatternCheck, check
 from fxslim.patterns.weight_layout import layout_of
+from fxslim.plan.applied_plans import module_in
 from fxslim.sparsity.maskable_weights import COUNTERPARTS, HANDED_OVER
 
 
@@ -70,7 +71,9 @@ def check_model(model: nn.Module, settings: Mapping[str, MaskSettings]) -> dict[
     found = {}
     for name, setting in settings.items():
         layer, _, attribute = name.rpartition(".")
-        module: Any = model.get_submodule(layer)
+        module: Any = model.get_submodule(module_in(model, layer))
+        if getattr(module, attribute, None) is None:
+            raise PlanError(f"the model has no {name}: check the model that the plan was applied to, without a wrapper")
         masked = isinstance(module, MaskedWeights)
         weight = module.masked(attribute) if masked else getattr(module, attribute)
         pattern = module.current_pattern if masked else setting.pattern

@@ -77,7 +77,8 @@ def plan_sparsity(
         pattern=wished.pattern, update_freq=update_freq, gradient=gradient, regrow=regrow, schedule=schedule
     )
     choice = LayerChoice(
-        layers=layers, skip=skip, overrides=overrides or {}, ineligible=ineligible, chip=chip, bits=bits
+        layers=layers, skip=skip, overrides={} if overrides is None else overrides, ineligible=ineligible,
+        chip=chip, bits=bits,
     )  # fmt: skip
     refuse_wrapped(model)
     examples = () if example_inputs is None else tuple(as_inputs(example_inputs))

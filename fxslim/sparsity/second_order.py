@@ -47,10 +47,11 @@ def prune_by_hessian(
     # Scaled before it is rounded: float64 sums may be too large for float32.
     products = scale_products(gram.detach()).to(dtype)
     rows = rows.masked_fill(gram.diagonal() <= 0, 0)
-    if isinstance(pattern, Block):
-        rows, mask = remove_blocks(rows, products, damping, pattern, weight.shape)
-    else:
-        rows, mask = _removed_by_columns(rows, products, pattern, damping, weight.shape[1], block_size, sweeps)
+    with torch.autocast(weight.device.type, enabled=False):
+        if isinstance(pattern, Block):
+            rows, mask = remove_blocks(rows, products, damping, pattern, weight.shape)
+        else:
+            rows, mask = _removed_by_columns(rows, products, pattern, damping, weight.shape[1], block_size, sweeps)
     unseen = weight.detach().flatten(1).masked_fill(gram.diagonal() > 0, 0)
     new = (rows.to(weight.dtype) + unseen).masked_fill(~mask, 0)
     return mask.reshape(weight.shape).contiguous(), new.reshape(weight.shape).contiguous()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxslim.graph.masked_states import masked_state
 from fxslim.sparsity.weight_reads import WeightReads, memory_of
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Where the factors of a product stand among its arguments.
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
 
@@ -68,6 +70,10 @@ class WeightUses(TorchDispatchMode):
         self.stack: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # There nothing takes linear and matmul apart before they come here.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
         found = masked_state(func, args, self.names)
@@ -81,6 +87,13 @@ class WeightUses(TorchDispatchMode):
         elif name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
             self._see_product(left, right)
+            if not any(left.stride()[:-2]):
+                self._see_product(right.mT, left[0].mT if left.dim() > 2 else left.mT)
+        elif name == "mv":
+            self._see_product(args[1].unsqueeze(0), args[0].mT)
+        elif name == "_to_copy" and (copied := self._weight(args[0])) and args[0].stride() == result.stride():
+            # Autocast multiplies with a copy of another dtype.
+            self.copies[memory_of(result)] = copied[0], result
         return result
 
     def forget_copies(self) -> None:
@@ -118,17 +131,18 @@ class WeightUses(TorchDispatchMode):
         self.hear(WeightUse(name=found[0], x=x, first=0, last=rows, module=self._module(), convolution=convolution))
 
     def _see_product(self, left: Tensor, right: Tensor) -> None:
-        """x times (a part of) a weight transposed, so that its rows are the columns of the right factor."""
+        """x times (a part of) a weight transposed: its rows are the columns of the right factor."""
         found = self._weight(right)
         if found is None or right.dim() < 2 or found[1].dim() != 2:
             return
         name, weight = found
         columns = weight.shape[1]
-        start = int(right.storage_offset()) - int(weight.storage_offset())
-        if right.shape[-2] != columns or right.stride(-2) != 1 or right.stride(-1) != columns or start % columns:
+        first, skipped = divmod(int(right.storage_offset()) - int(weight.storage_offset()), columns)
+        read = right.shape[-2]
+        if skipped + read > columns or right.stride(-2) != 1 or right.stride(-1) != columns:
             return
-        first = start // columns
-        x = left.reshape(-1, left.shape[-1])
+        # Where only some columns are read, the others read 0.
+        x = nn.functional.pad(left.reshape(-1, read), (skipped, columns - skipped - read))
         self.hear(WeightUse(name=name, x=x, first=first, last=first + right.shape[-1], module=self._module()))
 
 

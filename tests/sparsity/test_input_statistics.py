@@ -120,3 +120,71 @@ def test_a_layer_that_data_never_reach_is_named() -> None:
     with pytest.raises(CalibrationError, match="never reached it"):
         fxslim.sparsify(model, "2:4", method="wanda", data=[torch.randn(2, 4)])
     assert type(model[0]) is nn.Linear
+
+
+USES: dict[str, Any] = {
+    "weight times x": lambda weight, x: (weight @ x.t()).t(),
+    "weight times batches": lambda weight, x: (weight @ x.view(2, 3, 8).mT).mT,
+    "weight times a vector": lambda weight, x: torch.stack([weight @ row for row in x]),
+    "some columns": lambda weight, x: nn.functional.linear(x[:, 2:6], weight[:, 2:6]),
+    "some columns of some rows": lambda weight, x: torch.cat(
+        [nn.functional.linear(x[:, :3], weight[:2, :3]), nn.functional.linear(x, weight[2:])], 1
+    ),
+    "another dtype": lambda weight, x: nn.functional.linear(x.double(), weight.double()),
+}
+
+
+@pytest.mark.parametrize("how", USES)
+def test_products_of_every_kind(how: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return USES[how](self.inner.weight, x)
+
+    model, x = Net(), torch.randn(6, 8)
+    found = gathered(model, [x], "inner.weight")["inner.weight"]
+    weight = model.inner.weight.detach()
+    squares = torch.cat([((w := weight[p.first : p.last]) @ p.gram.to(w) * w).sum(1) for p in found])
+    torch.testing.assert_close(squares, model(x).detach().reshape(6, 4).square().sum(0).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_multiplies_with_copies() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(6, 8)
+
+    def run(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    plan = fxslim.plan_sparsity(model, "2:4", method="hessian", data=[x, x + 1], forward=run)
+    assert all(found.ok for found in plan.check(plan.apply(model)).values())
+
+
+@pytest.mark.parametrize("method", ["first_order", "par", "hessian"])
+def test_planning_under_autocast(method: str) -> None:
+    data = [(torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 0, 1]))]
+    with torch.autocast("cpu", torch.bfloat16):
+        model = fxslim.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "2:4", method=method, data=data)
+    assert fxslim.patterns.check(model[0], "2:4").sparsity == 0.5
+
+
+def test_sums_under_autocast_are_not_rounded() -> None:
+    x = torch.randn(600, 8).bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gathered(nn.Sequential(nn.Linear(8, 4)), [x], "0.weight")["0.weight"][0].gram
+    torch.testing.assert_close(found, x.t() @ x)
+
+
+def test_forwards_in_inference_mode() -> None:
+    model, x = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(8, 4)), torch.randn(6, 8, 1)
+
+    def run(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(batch)
+
+    plan = fxslim.plan_sparsity(model, "2:4", method="par_v2", data=[x, x + 1], forward=run)
+    assert all(found.ok for found in plan.check(plan.apply(model)).values())
+    model(x).sum().backward()
+    assert model[2].weight.grad is not None

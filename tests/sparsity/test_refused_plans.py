@@ -38,6 +38,27 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "wanda", "data": []}, ConfigError, "data has no batches"),
     ({"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)]}, ConfigError, "has no target"),
     ({"method": "wanda", "data": [torch.zeros(2, 3, 9, 9)]}, CalibrationError, "batch 0 of data"),
+    ({"method": "hessian", "data": [torch.zeros(0, 8, 9, 9)]}, CalibrationError, "data without a sample"),
+    ({"pattern": "unstructured", "ratio": 0.9999}, ConfigError, "entries: unstructured 100% would remove all"),
+    (
+        {"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)], "loss": lambda outputs, batch: outputs[9]},
+        CalibrationError,
+        "the loss of batch 0 of data failed: IndexError",
+    ),
+    (
+        {"method": "first_order", "data": [torch.zeros(2, 8, 9, 9)], "loss": lambda outputs, _: outputs.sum().detach()},
+        CalibrationError,
+        "the loss of batch 0 of data has no gradient",
+    ),
+    ({"layers": 3}, ConfigError, "layers takes names, globs and types of layers, got 3"),
+    ({"skip": [nn.Linear(2, 2)]}, ConfigError, "skip takes names, globs and types"),
+    ({"overrides": {0: 0.5}}, ConfigError, "overrides takes names, globs and types of layers, got 0"),
+    ({"overrides": [("0", 0.5)]}, ConfigError, "overrides must be a dict of layers, got a list"),
+    (
+        {"example_inputs": torch.zeros(2, 3, 9, 9)},
+        ConfigError,
+        r"failed on example_inputs Inputs\(Tensor\(2, 3, 9, 9\)",
+    ),
     ({"chip": "TX510"}, ConfigError, "no layer is left to make sparse\n.*TX510 has no weight sparsity"),
     ({"chip": "TX99"}, ConfigError, "unknown chip 'TX99'"),
 ]
@@ -158,3 +179,25 @@ def test_shared_masked_and_computed_weights_stay() -> None:
     assert "remove_parametrizations" in notes[2]
     masked = fxslim.sparsify(small_net(), "2:4", layers=nn.Linear)
     assert "it has a mask already" in fxslim.plan_sparsity(masked, "2:4").notes[0]
+
+
+def test_plans_of_other_models_and_without_values() -> None:
+    plan = fxslim.plan_sparsity(small_net(), "2:4")
+    with pytest.raises(fxslim.PlanError, match="has no module 3"):
+        plan.check(nn.Sequential(nn.Conv2d(8, 8, 3)))
+    with pytest.raises(fxslim.PlanError, match=r"has no 0\.weight"):
+        plan.check(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()))
+    wrapped = nn.ModuleDict({"module": plan.apply(small_net())})
+    assert all(found.ok for found in plan.check(wrapped).values())
+    with pytest.raises(ConfigError, match=r"scope='global' ranks weights, and 0\.weight is on the meta device"):
+        fxslim.plan_sparsity(small_net().to("meta"), "unstructured", scope="global")
+
+
+def test_matrices_that_can_have_no_mask_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"read": nn.LSTM(8, 8), "pair": nn.Bilinear(8, 8, 4), "head": nn.Linear(8, 4)})
+    plan = fxslim.plan_sparsity(model, "2:4", skip="pair")
+    assert plan.notes == ("read stays dense: masks are for no LSTM",)
+    assert plan.notes[0] in caplog.text
+    assert fxslim.plan_sparsity(model, "2:4", layers="head").notes == ()
+    with pytest.raises(UnsupportedLayerError, match="read: masks are for no LSTM; name it in skip="):
+        fxslim.plan_sparsity(model, "2:4", ineligible="error")

@@ -52,7 +52,8 @@ def output_error(weight: Tensor, mask: Tensor, parts: tuple[Part, ...], values: 
     lost = (weight - torch.where(mask, weight if values is None else values, 0)).flatten(1)
     for part in parts:
         rows = lost[part.first : part.last].to(part.gram.dtype)
-        total += float((rows @ part.gram).mul_(rows).sum())
+        with torch.autocast(rows.device.type, enabled=False):
+            total += float((rows @ part.gram).mul_(rows).sum())
     return max(total, 0.0)
 
 
