@@ -39,11 +39,15 @@ def ours(method: str, pattern: str, base: nn.Module, batches: Batches, layers: l
 
 def plain_mask(pattern: str, base: nn.Module, batches: Batches, layers: list[str]) -> nn.Module:
     """The smallest magnitudes masked by torch.nn.utils.prune, written with nothing but torch."""
+    weights = {name: base.get_submodule(name).get_parameter("weight").detach() for name in layers}
+    return _masked(base, {name: _plain(weight, as_pattern(pattern)) for name, weight in weights.items()})
+
+
+def _masked(base: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """A copy with these masks held on by torch.nn.utils.prune, whose state tells them."""
     model = copy.deepcopy(base)
-    for name in layers:
-        layer = model.get_submodule(name)
-        weight = layer.get_parameter("weight").detach()
-        prune.custom_from_mask(layer, "weight", _plain(weight, as_pattern(pattern)).to(weight.dtype))
+    for name, mask in masks.items():
+        prune.custom_from_mask(model.get_submodule(name), "weight", mask.float())
     return model
 
 
@@ -85,7 +89,9 @@ def torch_ao(pattern: str, base: nn.Module, batches: Batches, layers: list[str])
         sparsifier = WeightNormSparsifier(**shape)
         sparsifier.prepare(model, config=[{"tensor_fqn": f"{name}.weight"} for name in layers])
         sparsifier.step()
-    return model
+    # Its own parametrization keeps the mask out of the state.
+    found: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    return _masked(base, {name: layer.parametrizations.weight[0].mask for name, layer in found.items()})
 
 
 RIVALS: dict[str, Callable[[str, nn.Module, Batches, list[str]], nn.Module]] = {
