@@ -120,7 +120,8 @@ def head(options: argparse.Namespace) -> list[str]:
     (`benchmarks/tasks/`). Test accuracy in percent, mean of {options.seeds} trainings; differences from a plain
     magnitude mask (torch.nn.utils.prune) are paired by training, with 95 % intervals (Student's t); a star marks
     those that exclude 0. All convolutions (in a transformer all linear layers) that can follow the pattern are
-    masked, but not the first layer and the last, the same for all.
+    masked, but not the first layer and the last, the same for all. Half of the blocks go: those at the edges are
+    smaller, so zeros may be fewer, and not the same for all.
     2,000 training images for methods that look at data, and for the statistics of batch norms,
     which all contestants estimate anew. Fine-tuned: {options.epochs:g} epochs with the mask on; `+ste`: the mask
     follows the weights, every 50 batches, by straight-through gradients."""
