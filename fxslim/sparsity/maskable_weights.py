@@ -17,6 +17,7 @@ from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
 from fxslim.sparsity.input_statistics import run_all
 from fxslim.sparsity.weight_uses import WeightUses, ignored, watched
+from fxslim.sparsity.weights_in_code import users_in_code
 
 _OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
 COUNTERPARTS: dict[type[nn.Module], type[counterparts.MaskedWeights]] = {
@@ -115,9 +116,12 @@ def _obstacle(module: nn.Module, user: str | None) -> str:
 def find_users(model: nn.Module, examples: Iterable[Inputs], data: Data | None) -> dict[str, str]:
     """For each weight that others than its layer read, a module in whose forward it is used: {weight: module}.
 
-    That is the layer itself where its own forward is called too. As far as one forward shows; without one only what
-    is known by the names of classes.
+    That is the layer itself where its own forward is called too. As far as one forward shows; without one what is
+    known by the names of classes, and what forwards say in so many words.
     """
+    examples = list(examples)
+    if not examples and data is None:
+        return users_in_code(model) | _users_by_kind(model)
     weights = {
         name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1 and not parameter.is_meta
     }
