@@ -122,6 +122,13 @@ def repeatable(data: Data) -> Data:
     return replace(data, batches=KeptBatches(data.batches)) if once else data
 
 
+def given_data(data: Any, forward: Forward | None) -> Data | None:
+    """The arguments ``data`` and ``forward`` of a plan's ``apply``."""
+    if data is None and forward is not None:
+        raise ConfigError("forward= says how batches are run: give data= with it")
+    return None if data is None else repeatable(as_data(data, forward))
+
+
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"

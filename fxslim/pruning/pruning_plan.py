@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Data, Forward
+from fxslim.batches import Data, Forward, given_data
 from fxslim.errors import CheckpointError, PlanError, TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import ModelState
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.size_checks import NewAttribute
-from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.unweighted_norms import find_unweighted_norms
 from fxslim.graph.width_scales import Scaling
@@ -36,7 +36,7 @@ from fxslim.pruning.plan_fields import (
     unpack_scalings,
     unpack_sizes,
 )
-from fxslim.pruning.repair.mending import UNREPAIRED, Mending, given_data
+from fxslim.pruning.repair.mending import UNREPAIRED, Mending
 from fxslim.pruning.repair.settings import Repair, pack_repair, unpack_repair
 from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
@@ -150,13 +150,10 @@ class PruningPlan:
         is repaired. A repair reads ``data`` by ``forward``, as in ``plan_pruning``; by default what the plan was made
         with. A mask of this plan is taken away with its channels.
         """
-        changes = Changes()
-        try:
-            self.change_model(model, changes, optimizer, values=values, data=given_data(data, forward))
-            return model
-        except BaseException:
-            changes.undo()
-            raise
+        given = given_data(data, forward)
+        return all_or_nothing(
+            model, lambda changes: self.change_model(model, changes, optimizer, values=values, data=given)
+        )
 
     def change_model(
         self,

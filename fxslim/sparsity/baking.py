@@ -13,7 +13,7 @@ from fxslim.errors import CheckpointError, PlanError
 from fxslim.graph.model_state import HookState
 from fxslim.graph.recording import named_states
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
-from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.nn import MaskedWeights
 from fxslim.nn.handed_over import stop_counting
 from fxslim.nn.masked_weights import strip_masks
@@ -46,13 +46,7 @@ class BakePlan:
 
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
         """Bake, or leave the model as it was."""
-        changes = Changes()
-        try:
-            self.change_model(model, changes, optimizer, values=values)
-            return model
-        except BaseException:
-            changes.undo()
-            raise
+        return all_or_nothing(model, lambda changes: self.change_model(model, changes, optimizer, values=values))
 
     def change_model(
         self,

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Data, Forward, as_data, repeatable
-from fxslim.errors import CheckpointError, ConfigError, PlanError
+from fxslim.batches import Data, Forward, given_data
+from fxslim.errors import CheckpointError, PlanError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
-from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.nn import MaskSettings
 from fxslim.patterns import PatternCheck
@@ -82,16 +82,10 @@ class SparsityPlan:
         nothing and leaves the masks to a state dict. Methods that look at data read ``data`` by ``forward``; by
         default what the plan was made with.
         """
-        changes = Changes()
-        try:
-            if data is None and forward is not None:
-                raise ConfigError("forward= says how batches are run: give data= with it")
-            given = None if data is None else repeatable(as_data(data, forward))
-            self.change_model(model, changes, optimizer, values=values, data=given)
-            return model
-        except BaseException:
-            changes.undo()
-            raise
+        given = given_data(data, forward)
+        return all_or_nothing(
+            model, lambda changes: self.change_model(model, changes, optimizer, values=values, data=given)
+        )
 
     def change_model(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ABSENT = object()
 
@@ -62,6 +62,28 @@ class Changes:
             functools.partial(replace_data, state, data, grad),
             functools.partial(replace_data, state, state.data, state.grad),
         )
+
+
+def all_or_nothing(model: nn.Module, change: Callable[[Changes], None]) -> nn.Module:
+    """The model after ``change(changes)``; after an error or an interrupt all that was changed is taken back.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> def fails(changes):
+    ...     changes.set_attribute(layer, "in_features", 1)
+    ...     raise ValueError
+    >>> all_or_nothing(layer, fails)
+    Traceback (most recent call last):
+    ValueError
+    >>> layer.in_features
+    2
+    """
+    changes = Changes()
+    try:
+        change(changes)
+        return model
+    except BaseException:
+        changes.undo()
+        raise
 
 
 def _delete(owner: Any, name: str) -> None:

@@ -4,12 +4,11 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from fxslim.batches import Data, Forward, as_data, repeatable
-from fxslim.errors import ConfigError, PlanError, UnsupportedLayerError
+from fxslim.batches import Data
+from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.model_state import HookState
 from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.changes import Changes
@@ -77,13 +76,6 @@ class Mending:
             norms = free_norms(model)
             if norms:
                 change_statistics(model, norms, self.data, changes, changed)
-
-
-def given_data(data: Any, forward: Forward | None) -> Data | None:
-    """The arguments ``data`` and ``forward`` of ``apply``."""
-    if data is None and forward is not None:
-        raise ConfigError("forward= says how batches are run: give data= with it")
-    return None if data is None else repeatable(as_data(data, forward))
 
 
 def repair_notes(model: nn.Module, cuts: Iterable[Cut], repair: Repair) -> Iterator[str]:
