@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fxslim.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from fxslim.checkpoint.plan_files import Plan, plan_from_dict
 from fxslim.errors import CheckpointError
-from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.plan.applied_plans import applied, plain_names
 from fxslim.plan.file_writing import write_file
 
@@ -117,17 +117,15 @@ def load(
     state |= {name: state[first] for name, first in metadata["tied"].items()}
     if optimizer is not None:
         _check_optimizer(optimizer, metadata, path)
-    changes = Changes()
-    try:
+
+    def rebuild(changes: Changes) -> None:
         for data in metadata["plans"]:
             _plan(data, path).change_model(model, changes, optimizer, values=False)
         _fill(model, state, path, changes)
         if optimizer is not None:
             _fill_optimizer(optimizer, tensors, metadata, path, changes)
-        return model
-    except BaseException:
-        changes.undo()
-        raise
+
+    return all_or_nothing(model, rebuild)
 
 
 def _plan(data: Any, path: str | Path) -> Plan:
