@@ -37,4 +37,17 @@ def _cut(shapes: Shapes, name: str, dim: int, blocks: int, keep: str, role: str)
         if not (0 <= dim < len(shape) and 1 <= blocks <= max(1, shape[0]) and shape[0] % blocks == 0):
             raise PlanError(f"{name} of shape {shape} has no dim {dim} in {blocks} blocks")
         size = shape[dim] * blocks
-    return Cut(name=str(name), dim=int(dim), blocks=int(blocks), keep=unpack_ranges(keep, size), role=str(role))
+    kept = unpack_ranges(keep, size)
+    if blocks > 1:
+        _check_blocks(name, dim, blocks, kept, size)
+    return Cut(name=str(name), dim=int(dim), blocks=int(blocks), keep=kept, role=str(role))
+
+
+def _check_blocks(name: str, dim: int, blocks: int, kept: tuple[int, ...], size: int) -> None:
+    """Blocks of output channels share the inputs: each keeps as many, of its own."""
+    each, rest = divmod(len(kept), blocks)
+    if dim != 1 or rest:
+        raise PlanError(f"{name}: {len(kept)} entries of dim {dim} can't be shared by {blocks} blocks")
+    width = size // blocks
+    if any(index // width != place // each for place, index in enumerate(kept)):
+        raise PlanError(f"{name}: a block of {width} inputs keeps entries of another")

@@ -149,6 +149,9 @@ def test_indices_outside_of_a_parameter(saved: Path, tmp_path: Path) -> None:
         ({3: "5-2"}, "are not between 0 and"),
         ({1: 4}, r"0\.weight of shape \(16, 3, 3, 3\) has no dim 4 in 1 blocks"),
         ({2: 5}, r"has no dim 0 in 5 blocks"),
+        ({2: 2, 3: "0-7"}, r"0\.weight: 8 entries of dim 0 can't be shared by 2 blocks"),
+        ({1: 1, 2: 2, 3: "0-2"}, r"3 entries of dim 1 can't be shared by 2 blocks"),
+        ({1: 1, 2: 2, 3: "0-1"}, r"a block of 3 inputs keeps entries of another"),
     ):
         wrong = [change.get(i, value) for i, value in enumerate(cut)]
         (tmp_path / "plan").write_text(json.dumps({**data, "cuts": [wrong, *data["cuts"][1:]]}))
