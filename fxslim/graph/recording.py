@@ -10,6 +10,7 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -137,10 +138,20 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return values
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleCall:
+    """One call of a module: the nodes of the tensors that it was given and that it gave back, in order."""
+
+    name: str
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
 class Recording:
     """The graph of one forward, the nodes of the model's inputs and outputs, and sizes that were used as numbers.
 
-    ``masks``: the weight that each mask was put on. ``again`` runs the same forward with other answers where it uses
+    ``masks``: the weight that each mask was put on. ``calls``: those of the modules, in the order in which they ended.
+    ``again`` runs the same forward with other answers where it uses
     sizes as numbers.
     """
 
@@ -151,6 +162,7 @@ class Recording:
         outputs: list[fx.Node],
         numbers: list[TaggedInt],
         masks: dict[str, str],
+        calls: list[ModuleCall],
         again: Callable[[tuple[int, ...]], "Recording"],
     ) -> None:
         self.graph = graph
@@ -158,6 +170,7 @@ class Recording:
         self.outputs = outputs
         self.numbers = numbers
         self.masks = masks
+        self.calls = calls
         self.again = again
 
     @property
@@ -197,14 +210,26 @@ def _eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracked_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    def leave(*_: Any) -> None:
-        stack.pop()
+def _tracked_modules(model: nn.Module, recorder: _Recorder, calls: list[ModuleCall]) -> Iterator[None]:
+    stack, given = recorder.module_stack, list[tuple[fx.Node, ...]]()
+
+    def nodes(values: Any) -> tuple[fx.Node, ...]:
+        known = (recorder.known_node(value) for value in tree_leaves(values) if isinstance(value, Tensor))
+        return tuple(node for node in known if node is not None)
+
+    def enter(name: str, args: Any, kwargs: Any) -> None:
+        stack.append(name)
+        given.append(nodes((args, kwargs)))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(ModuleCall(name=stack.pop(), inputs=given.pop(), outputs=nodes(output)))
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        entering = module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
+        )
+        handles += [entering, module.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:
@@ -216,15 +241,15 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
     """Run the model once and write down what it executes."""
     example, inputs = inputs, inputs.copied()
     numbers = NumbersRead(answers, users_line)
-    module_stack = list[str]()
-    recorder = _Recorder(model, module_stack)
+    calls = list[ModuleCall]()
+    recorder = _Recorder(model, [])
     given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
     input_nodes = []
     for value in given:
         node = recorder._new_node("placeholder", "input")
         recorder._remember(node, value)
         input_nodes.append(node)
-    with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, module_stack):
+    with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, recorder, calls):
         try:
             with noting_numbers(numbers), tagged_attributes(model), recorder.functions, recorder:
                 outputs = inputs.run(model)
@@ -244,5 +269,6 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         [found for found in made if found is not None],
         numbers.sizes,
         recorder.masks,
+        calls,
         lambda other: record(model, example, training=training, answers=other),
     )

@@ -23,7 +23,7 @@ from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
 def _shown(layer: "HandedOver") -> Tensor:
     if "weight" not in layer._parameters:
         raise AttributeError(f"{type(layer).__name__} has no weight yet")
-    return layer.masked()
+    return layer.computed()
 
 
 class HandedOver(MaskedWeights):

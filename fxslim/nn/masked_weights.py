@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxslim.errors import ConfigError, UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.mask_settings import MaskSettings, check_keys
+from fxslim.nn.quantizers.phases import is_recomputed
 from fxslim.patterns import Pattern, as_pattern
 from fxslim.patterns.weight_layout import layout_of
 from fxslim.schedules import Schedule
@@ -165,6 +166,10 @@ class MaskedWeights(nn.Module):
             result.register_hook(functools.partial(self._see_gradient, name))
         return result
 
+    def computed(self, name: str = "weight") -> Tensor:
+        """A weight as it goes into the layer's arithmetic: masked, and whatever a subclass does besides."""
+        return self.masked(name)
+
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         setattr(self, name + _GRADIENT, gradient.detach().clone())
 
@@ -204,8 +209,8 @@ class MaskedWeights(nn.Module):
 
     def before_batch(self) -> None:
         """Count a training batch, and make the masks anew where that is due."""
-        frequency = self.mask_settings.update_freq
-        if frequency is None or not self.training or self.num_mask_batches.is_meta or _is_recomputed():
+        frequency = self.mask_settings.update_freq if self.weight_names else None
+        if frequency is None or not self.training or self.num_mask_batches.is_meta or is_recomputed():
             return
         # In inference mode, too, what is made here must be fit for training later.
         with torch.inference_mode(False):
@@ -222,12 +227,8 @@ class MaskedWeights(nn.Module):
         self.refresh()
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, [super().extra_repr(), f"pattern={self.mask_settings.pattern}"]))
-
-
-def _is_recomputed() -> bool:
-    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
-    return torch._C._current_graph_task_id() != -1
+        pattern = f"pattern={self.mask_settings.pattern}" if self.weight_names else ""
+        return ", ".join(filter(None, [super().extra_repr(), pattern]))
 
 
 def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What layers read on a user's data: sums of products of their inputs, or of squares only."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fxslim.batches import Data
 from fxslim.errors import CalibrationError
-from fxslim.graph.recording import undisturbed
+from fxslim.graph.watched_runs import run_all
+from fxslim.graph.weight_uses import WeightUse, WeightUses, read_rows
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.sparsity.weight_uses import WeightUse, WeightUses, read_rows, watched
 
 # Entries of what is read that are laid out at a time.
 _PIECE = 1 << 24
@@ -95,25 +95,6 @@ def gather_statistics(
         found[name] = sorted(parts.values(), key=lambda part: part.first)
         _check_reached(name, found[name], weights[name])
     return found
-
-
-def run_all(model: nn.Module, data: Data, uses: WeightUses, start: Callable[[int], None]) -> None:
-    """All batches through the model, watched; an error in a forward names the batch."""
-    with torch.inference_mode(False), undisturbed(model, training=False), torch.no_grad():
-        for number, batch in enumerate(data):
-            start(number)
-            try:
-                with watched(model, uses):
-                    data.forward(model, batch)
-            except CalibrationError:
-                raise
-            except Exception as error:
-                raise CalibrationError(
-                    f"the model's forward failed on batch {number} of data: {type(error).__name__}: {error}; give "
-                    "batches that the model takes, or forward(model, batch)"
-                ) from error
-            finally:
-                uses.forget_copies()
 
 
 def _check_reached(name: str, parts: list[Part], weight: tuple[nn.Module, Tensor]) -> None:

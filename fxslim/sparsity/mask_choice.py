@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from fxslim.batches import Data
 from fxslim.errors import CalibrationError, ConfigError
 from fxslim.graph.surgery.changes import Changes
+from fxslim.graph.watched_runs import run_all
+from fxslim.graph.weight_uses import WeightUse, WeightUses
 from fxslim.nn import MaskedWeights, MaskSettings
 from fxslim.patterns.weight_layout import layout_of
-from fxslim.sparsity.input_statistics import Statistics, gather_statistics, run_all
+from fxslim.sparsity.input_statistics import Statistics, gather_statistics
 from fxslim.sparsity.loss_gradients import gradient_scores
 from fxslim.sparsity.methods import Method, Par
 from fxslim.sparsity.methods.method import Seen
-from fxslim.sparsity.weight_uses import WeightUse, WeightUses
 
 # What sums of products may take at a time; more weights need another pass over the data.
 _LIMIT_BYTES = 1 << 31

@@ -14,13 +14,13 @@ from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.layer_choice import Chosen
 from fxslim.graph.recording import named_states
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
+from fxslim.graph.weight_users import find_users
 from fxslim.nn import MaskSettings
 from fxslim.patterns import NM, Pattern, as_pattern
 from fxslim.schedules import Schedule
 from fxslim.sparsity.adaptive_allocation import adaptive_ratios
 from fxslim.sparsity.eligible_weights import LayerChoice
 from fxslim.sparsity.global_ranking import global_ratios
-from fxslim.sparsity.maskable_weights import find_users
 from fxslim.sparsity.methods import Method, as_method
 from fxslim.sparsity.reordered_channels import Reordering, check_permutable, plan_reordering
 from fxslim.sparsity.sparsity_plan import SparsityPlan, WeightPlan

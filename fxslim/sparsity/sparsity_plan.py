@@ -18,6 +18,7 @@ from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.graph.surgery.cutting import Cut, Surgery
+from fxslim.graph.trial_forward import try_forward
 from fxslim.nn import MaskSettings
 from fxslim.patterns import PatternCheck
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
@@ -26,7 +27,6 @@ from fxslim.sparsity.mask_choice import choose_masks, mute_optimizer
 from fxslim.sparsity.masked_models import check_model, put_masks_on
 from fxslim.sparsity.methods import Method, method_from_dict
 from fxslim.sparsity.order_fields import pack_orders, unpack_orders
-from fxslim.sparsity.trial_forward import try_forward
 
 KIND = "sparsity"
 VERSION = 1

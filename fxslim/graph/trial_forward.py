@@ -11,8 +11,8 @@ from fxslim.batches import Data
 from fxslim.errors import PlanError, UnsupportedLayerError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import undisturbed
-from fxslim.sparsity.input_statistics import run_all
-from fxslim.sparsity.weight_uses import WeightUses, ignored, watched
+from fxslim.graph.watched_runs import run_all
+from fxslim.graph.weight_uses import WeightUses, ignored, watched
 
 
 def try_forward(model: nn.Module, names: Iterable[str], examples: Iterable[Inputs], data: Data | None) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxslim.graph.masked_states import masked_state
-from fxslim.sparsity.weight_reads import WeightReads, memory_of
+from fxslim.graph.weight_reads import WeightReads, memory_of
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Where the factors of a product stand among its arguments.

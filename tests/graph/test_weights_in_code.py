@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from fxslim.graph.weights_in_code import users_in_code
 from fxslim.sparsity import bake
-from fxslim.sparsity.weights_in_code import users_in_code
 from tests.sparsity.small_networks import HandsOver
 
 

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers whose weight others hand to a function: both the weight and what it meets are quantized."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fxslim.nn.handed_over import HandedOver
+from fxslim.nn.qat_linear import LinearQAT
+
+
+class HandedOverLinearQAT(HandedOver, LinearQAT):
+    """``LinearQAT`` whose attribute ``weight`` shows the quantized weight.
+
+    While its owner runs, what is multiplied with that weight by ``F.linear`` goes through the input's quantizer.
+    """
+
+    def computed(self, name: str = "weight") -> Tensor:
+        shown = super().computed(name)
+        self._shown = shown
+        return shown
+
+
+class _QuantizingInputs(TorchFunctionMode):
+    """Quantizes the inputs of products with the weights that these layers show."""
+
+    def __init__(self, layers: list[HandedOverLinearQAT]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) > 1:
+            for layer in self.layers:
+                if args[1] is getattr(layer, "_shown", None) and layer.input_quantizer is not None:
+                    args = (layer.input_quantizer(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def quantize_inputs_within(owner: nn.Module) -> None:
+    """While the owner runs, its own layers that hand weights over quantize their inputs too."""
+    owner.register_forward_pre_hook(_enter)
+    owner.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(owner: nn.Module, args: Any) -> None:
+    layers = [layer for layer in owner.children() if isinstance(layer, HandedOverLinearQAT)]
+    mode = _QuantizingInputs(layers)
+    owner.__dict__["_quantizing_inputs"] = mode
+    mode.__enter__()
+
+
+def _leave(owner: nn.Module, args: Any, output: Any) -> None:
+    mode = owner.__dict__.pop("_quantizing_inputs", None)
+    if mode is not None:
+        mode.__exit__(None, None, None)
+        for layer in mode.layers:
+            layer._shown = None

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nn.MultiheadAttention for quantization-aware training.
+
+The plain layer hands its weights to one function. Here the projections are products of their own, so that each reads
+quantized weights and inputs; ``out_proj`` is a ``LinearQAT``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxslim.errors import UnsupportedLayerError
+from fxslim.nn.layer_copies import copied_as
+from fxslim.nn.masked_attention import MaskedMultiheadAttention
+from fxslim.nn.masked_linear import MaskedLinear
+from fxslim.nn.qat_linear import LinearQAT
+from fxslim.nn.quant_config import QuantConfig
+from fxslim.nn.quantized_layers import QuantizedLayer
+
+
+class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
+    """``nn.MultiheadAttention`` with quantized projections; scores and their products with values stay in float.
+
+    Query, key and value have a quantizer each, of which that of the query serves for what is the same tensor.
+    """
+
+    float_class, masked_class = nn.MultiheadAttention, MaskedMultiheadAttention
+    input_names = ("input", "key", "value")
+
+    def start_quantizing(self, config: QuantConfig) -> None:
+        super().start_quantizing(config)
+        if not isinstance(self.out_proj, LinearQAT):
+            out_proj: Any = copied_as(self.out_proj, LinearQAT)
+            out_proj.start_quantizing(config)
+            self.out_proj = out_proj
+
+    def to_float(self) -> nn.Module:
+        plain: Any = super().to_float()
+        if isinstance(self.out_proj, MaskedLinear):
+            plain.out_proj = copied_as(self.out_proj.to_float(), nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return plain
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} takes no nested tensors: pad them; in an nn.TransformerEncoder set "
+                "use_nested_tensor = False"
+            )
+        self.check_call(query)
+        batched = query.dim() == 3
+        inputs = self._quantized_inputs(query, key, value)
+        if not batched:
+            inputs = [x.unsqueeze(0) for x in inputs]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        q, k, v, extra = self._heads(inputs)
+        mask = self._mask(q, k, attn_mask, key_padding_mask, extra)
+        outputs, weights = self._attended(q, k, v, mask, need_weights)
+        outputs = self.out_proj(outputs.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return outputs.squeeze(0), None if weights is None else weights.squeeze(0)
+        return outputs if self.batch_first else outputs.transpose(0, 1), weights
+
+    def _quantized_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        quantizers: list[Any] = [
+            self.input_quantizer,
+            self._modules.get("key_quantizer"),
+            self._modules.get("value_quantizer"),
+        ]
+        found: dict[int, Tensor] = {}
+        for x, quantizer in zip((query, key, value), quantizers, strict=True):
+            if id(x) not in found:
+                found[id(x)] = x if quantizer is None else quantizer(x)
+            elif quantizer is not None:
+                found[id(x)] = quantizer.unneeded(found[id(x)])
+        return [found[id(x)] for x in (query, key, value)]
+
+    def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Projections as (batch, heads, places, dims), and how many places were added to keys and values."""
+        if self.in_proj_weight is not None:
+            weights = self.computed("in_proj_weight").chunk(3)
+        else:
+            weights = tuple(self.computed(name) for name in self.maskable)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        extra = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
+            extra += 1
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            extra += 1
+        return q, k, v, extra
+
+    def _mask(
+        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, extra: int
+    ) -> Tensor | None:
+        """What is added to the scores."""
+        total = None
+        if attn_mask is not None:
+            total = F.pad(_as_added(attn_mask, q.dtype), (0, extra))
+            if total.dim() == 3:
+                total = total.unflatten(0, (-1, self.num_heads)) if total.shape[0] > 1 else total.unsqueeze(0)
+        if key_padding_mask is not None:
+            padding = F.pad(_as_added(key_padding_mask, q.dtype), (0, extra))[:, None, None, :]
+            total = padding if total is None else total + padding
+        return total
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        return weights @ v, weights
+
+
+def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a mask of bools is True nothing is seen."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all QAT counterparts share: quantizers of the weight, the input and the output around the layer's arithmetic.
+
+The stored weight stays a float parameter; what the layer computes with is made anew in each forward. A mask, where the
+layer has one, is put on first.
+"""
+
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
+from fxslim.nn.layer_copies import copied_as
+from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
+from fxslim.nn.quant_config import QuantConfig
+from fxslim.nn.quant_dialects import as_quant_config
+from fxslim.nn.quantizers import ActivationQuantizer, Phased, WeightQuantizer, activation_quantizer, weight_quantizer
+from fxslim.patterns.weight_layout import layout_of
+
+_SUFFIX = "_quantizer"
+
+
+class QuantizedLayer(MaskedWeights):
+    """Mixed into a layer: it computes with quantized weights and inputs, and gives a quantized output.
+
+    ``weight_quantizer``, ``input_quantizer`` and ``output_quantizer`` are modules, or None where the config has none.
+    """
+
+    quant_config: QuantConfig
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
+    # Beside the plain class, those that from_float takes.
+    masked_class: ClassVar[type[nn.Module] | None] = None
+    # Inputs that have quantizers of their own.
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    # How many dims inputs have; None, any number.
+    input_dims: ClassVar[int | None] = None
+
+    def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
+        chosen = self.checked_config(config)
+        super(MaskedWeights, self).__init__(*args, **kwargs)
+        self.check_layer()
+        self.start_quantizing(chosen)
+
+    @classmethod
+    def checked_config(cls, config: Any) -> QuantConfig:
+        """A config in any dialect, fit for this kind of layer."""
+        return as_quant_config(config, cls.__name__)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, config: Any = None) -> Self:
+        """A quantized layer with the same Parameter objects, attributes, mask and hooks.
+
+        ``config``: a ``QuantConfig``, a name such as "int8" or "w4a8", or a dict of AMCT's or NNI's.
+        """
+        if isinstance(layer, QuantizedLayer):
+            raise UnsupportedLayerError(f"{cls.__name__}.from_float: this {type(layer).__name__} is quantized already")
+        if type(layer) not in (cls.float_class, cls.masked_class):
+            raise UnsupportedLayerError(
+                f"{cls.__name__}.from_float takes a {cls.float_class.__name__}, got a {type(layer).__name__}"
+                + (": a subclass may compute something else" if isinstance(layer, cls.float_class) else "")
+            )
+        chosen = cls.checked_config(config)
+        quantized = copied_as(layer, cls)
+        quantized.check_layer()
+        quantized.start_quantizing(chosen)
+        return quantized
+
+    def check_layer(self) -> None:
+        """Raise for what this kind of layer can't do quantized."""
+        name = next((name for name in self.maskable if name not in self._parameters), None)
+        if name is not None:
+            raise UnsupportedLayerError(
+                f"{name} of this {self.float_class.__name__} is no parameter: it is computed before each forward "
+                "(weight_norm, spectral_norm, torch.nn.utils.prune): remove that first"
+            )
+
+    def start_quantizing(self, config: QuantConfig) -> None:
+        """Add the quantizers; the layer's own parameters stay as they are."""
+        self.quant_config = config
+        for name in self.maskable:
+            weight = self.stored(name)
+            made = config.weight and weight_quantizer(config.weight, layout_of(self), weight, config.start_step)
+            setattr(self, name + _SUFFIX, made)
+        for name in self.input_names:
+            setattr(self, name + _SUFFIX, self._activation_quantizer(config.activation))
+        self.output_quantizer = self._activation_quantizer(config.output)
+        self.name_quantizers(type(self).__name__)
+        for quantizer in self.quantizers().values():
+            quantizer.train(self.training)
+        if refresh_if_due not in self._forward_pre_hooks.values():
+            # Torch's fused encoder layers read plain weights, unless there is a hook.
+            self.register_forward_pre_hook(refresh_if_due)
+
+    def _activation_quantizer(self, config: Any) -> ActivationQuantizer | None:
+        if config is None:
+            return None
+        return activation_quantizer(config, self.quant_config.start_step).to(self.stored(self.maskable[0]).device)
+
+    def name_quantizers(self, name: str) -> None:
+        """What errors call the quantizers."""
+        for key, quantizer in self.quantizers().items():
+            quantizer.layer_name = f"the {key.removesuffix(_SUFFIX).replace('_', ' ')} of {name}"  # type: ignore[assignment]
+
+    def quantizers(self) -> dict[str, Phased]:
+        """Those that the layer has, by attribute."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, Phased)}
+
+    def computed(self, name: str = "weight") -> Tensor:
+        weight = self.masked(name)
+        quantizer = self._modules.get(name + _SUFFIX)
+        return weight if quantizer is None else quantizer(weight)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The float layer's, between the quantizers."""
+        self.check_call(input)
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        output = super().forward(input, *args, **kwargs)
+        return output if self.output_quantizer is None else self.output_quantizer(output)
+
+    def check_call(self, input: Tensor) -> None:
+        """Raise for inputs that the layer does not take, and inside of nn.DataParallel."""
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} runs inside of nn.DataParallel, whose replicas forget what quantizers learn: "
+                "use torch.nn.parallel.DistributedDataParallel"
+            )
+        if not input.is_floating_point():
+            raise DtypeError(f"{type(self).__name__} takes floating-point inputs, got {input.dtype}")
+        if self.input_dims is not None and input.dim() != self.input_dims:
+            raise ConfigError(
+                f"{type(self).__name__} takes inputs of {self.input_dims} dims, got shape {tuple(input.shape)}"
+            )
+
+    def to_float(self) -> nn.Module:
+        """The plain layer with the stored weights, masked ones 0; this one stays as it is."""
+        plain: Any = super().to_float()
+        strip_quantizers(plain)
+        return plain
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales of the weight as it is."""
+        return self._weight_grid()[0]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The zero points of the weight: zeros."""
+        return self._weight_grid()[1]
+
+    def _weight_grid(self) -> tuple[Tensor, Tensor]:
+        if self.weight_quantizer is None:
+            raise ConfigError(f"this {type(self).__name__} has no quantized weight: its config has weight=None")
+        return self.weight_quantizer.grid_of(self.masked())
+
+
+def strip_quantizers(layer: nn.Module) -> None:
+    """Take away what ``start_quantizing`` added."""
+    for name in [name for name in (*layer._modules, *vars(layer)) if name.endswith(_SUFFIX)]:
+        layer._modules.pop(name, None)
+        layer.__dict__.pop(name, None)
+    layer.__dict__.pop("quant_config", None)
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
+        del hooks[key]

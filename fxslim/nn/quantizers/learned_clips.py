@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers whose clips are learned: ULQ, LSQ+ and PACT."""
+
+import torch
+from torch import Tensor, nn
+
+from fxslim.kernels import fake_quantize, fake_quantize_clipped
+from fxslim.nn.quantizers.activations import ActivationQuantizer
+
+# Below this a range is nothing: the epsilon of float32.
+_LEAST_RANGE = 1.192092896e-07
+
+
+class UlqActivations(ActivationQuantizer):
+    """Both clips are parameters. Where they are no range (any more), the last ones that were stand in for them."""
+
+    clip_min: nn.Parameter
+    clip_max: nn.Parameter
+    last_min: Tensor
+    last_max: Tensor
+
+    def make_states(self) -> None:
+        if not (self.config.fixed_min or self.symmetric):
+            self.clip_min = nn.Parameter(torch.full((1,), -1.0))
+        self.clip_max = nn.Parameter(torch.ones(1))
+        self.register_buffer("last_min", torch.full((1,), 0.0 if self.config.fixed_min else -1.0))
+        self.register_buffer("last_max", torch.ones(1))
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        if self.symmetric:
+            least, most = self.config.grid
+            high = torch.maximum(high / most, low / least) * most
+            low = high * (least / most)
+        if self.config.fixed_min:
+            low = torch.zeros_like(low)
+        high = torch.where(high - low > _LEAST_RANGE, high, low + 1.0)
+        self.last_min, self.last_max = (
+            torch.empty_like(self.last_min).copy_(low),
+            torch.empty_like(self.last_max).copy_(high),
+        )
+        self.clip_max.copy_(high)
+        if "clip_min" in self._parameters:
+            self.clip_min.copy_(low)
+
+    def clips(self) -> tuple[Tensor, Tensor]:
+        """The clips in force."""
+        high = self.clip_max
+        if self.symmetric:
+            least, most = self.config.grid
+            high = _valid(high, high > _LEAST_RANGE, self.last_max)
+            low = high * (least / most)
+        elif self.config.fixed_min:
+            high = _valid(high, high > _LEAST_RANGE, self.last_max)
+            low = torch.zeros_like(high)
+        else:
+            low = self.clip_min
+            some = (high - low).detach() > _LEAST_RANGE
+            low, high = _valid(low, some & (low <= 0), self.last_min), _valid(high, some & (high >= 0), self.last_max)
+        if self.training:
+            self.last_min, self.last_max = low.detach().clone(), high.detach().clone()
+        return low, high
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        low, high = self.clips()
+        y, scale, zero_point = fake_quantize_clipped(x, low, high, *self.config.grid)
+        self.keep_grid(scale, zero_point)
+        return y
+
+
+class LsqPlusActivations(UlqActivations):
+    """As ULQ, with gradients of the clips divided by ``sqrt(elements * largest integer)``, as LSQ does."""
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        low, high = self.clips()
+        least, most = self.config.grid
+        factor = (max(x.numel(), 1) * max(abs(most), 1)) ** -0.5
+        y, scale, zero_point = fake_quantize_clipped(
+            x, _scaled_gradient(low, factor), _scaled_gradient(high, factor), least, most
+        )
+        self.keep_grid(scale, zero_point)
+        return y
+
+
+class PactActivations(UlqActivations):
+    """The upper clip is learned from what it cuts off, rounding aside; the lower one is 0."""
+
+    def make_states(self) -> None:
+        self.clip_max = nn.Parameter(torch.ones(1))
+        self.register_buffer("last_min", torch.zeros(1))
+        self.register_buffer("last_max", torch.ones(1))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        super().set_range(torch.zeros_like(low), high)
+
+    def clips(self) -> tuple[Tensor, Tensor]:
+        high = _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
+        if self.training:
+            self.last_max = high.detach().clone()
+        return torch.zeros_like(high), high
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        _, high = self.clips()
+        least, most = self.config.grid
+        scale = high.detach() / (most - least)
+        clipped = torch.minimum(x.relu(), high.to(x.dtype))
+        self.keep_grid(scale, torch.full_like(self.zero_point, least))
+        return fake_quantize(clipped, scale, least, least, most)
+
+
+def _valid(value: Tensor, good: Tensor, last: Tensor) -> Tensor:
+    """The value where it is good, else the last that was; gradients go on in both cases."""
+    return torch.where(good, value, last + (value - value.detach()))
+
+
+def _scaled_gradient(value: Tensor, factor: float) -> Tensor:
+    scaled = value * factor
+    return scaled + (value - scaled).detach()

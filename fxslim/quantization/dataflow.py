@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantization asks of a recorded forward: who makes a tensor, who reads it, and what leaves its grid alone."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxslim.graph.recording import ModuleCall, Recording
+
+# These move values, or pick some of them: what was on a grid stays on it.
+_MOVES = frozenset(
+    """
+    view _unsafe_view reshape permute transpose t flatten expand contiguous clone alias detach unsqueeze squeeze slice
+    select split split_with_sizes chunk unbind getitem max_pool1d max_pool2d max_pool3d max_pool2d_with_indices
+    max_pool3d_with_indices dropout roll flip index_select unfold pixel_shuffle pixel_unshuffle channel_shuffle
+    upsample_nearest2d native_channel_shuffle as_strided
+    """.split()
+)
+_CLAMPS = frozenset(("relu", "hardtanh", "clamp", "clamp_min", "relu6"))
+_NORMS = frozenset(("native_batch_norm", "batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"))
+_SUMS = frozenset(("add", "sub", "mul"))
+_POOLS = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mean"))
+_NOT_NEGATIVE = frozenset(("relu", "relu6", "sigmoid", "_softmax", "softmax", "hardsigmoid"))
+
+
+def operator_of(node: fx.Node) -> str:
+    """The name of a node's operator, in-place ones like the others.
+
+    >>> graph = fx.Graph()
+    >>> operator_of(graph.placeholder("x"))
+    ''
+    """
+    if node.op != "call_function":
+        return ""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = str(getattr(packet, "__name__", ""))
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+class Dataflow:
+    """The tensors of one forward, and the modules at whose edges they are."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.calls_of = Counter(call.name for call in recording.calls)
+        # The innermost module that gives a tensor, among those that are called once.
+        self.givers: dict[fx.Node, ModuleCall] = {}
+        for call in recording.calls:
+            if len(call.outputs) == 1 and self.calls_of[call.name] == 1 and call.outputs[0] not in call.inputs:
+                self.givers.setdefault(call.outputs[0], call)
+
+    def source(self, node: fx.Node) -> fx.Node:
+        """The tensor that this one is a moved part of."""
+        while operator_of(node) in _MOVES and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return _value(node)
+
+    def settled(self, node: fx.Node) -> fx.Node:
+        """The tensor after a norm that can be folded, and after a clamp that the range can hold."""
+        node = _value(node)
+        readers = _readers(node)
+        if len(readers) == 1 and operator_of(readers[0]) in _NORMS and readers[0].args[0] is node:
+            node = _value(readers[0])
+            readers = _readers(node)
+        if len(readers) == 1 and operator_of(readers[0]) in _CLAMPS:
+            return readers[0]
+        return node
+
+    def is_not_negative(self, node: fx.Node) -> bool:
+        """Whether no value is below 0, as far as operators tell."""
+        node = self.source(node)
+        name = operator_of(node)
+        if name in ("hardtanh", "clamp", "clamp_min"):
+            return len(node.args) > 1 and isinstance(node.args[1], int | float) and node.args[1] >= 0
+        if name in _POOLS:
+            return isinstance(node.args[0], fx.Node) and self.is_not_negative(node.args[0])
+        return name in _NOT_NEGATIVE
+
+    def sums(self) -> Iterable[tuple[fx.Node, list[fx.Node]]]:
+        """Sums, differences and products of two activations, with both."""
+        for node in self.recording.nodes:
+            if operator_of(node) in _SUMS:
+                given = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+                if len(given) == 2 and all(self._is_activation(arg) for arg in given):
+                    yield node, given
+
+    def joins(self) -> Iterable[tuple[fx.Node, list[fx.Node]]]:
+        """Tensors put together from several."""
+        for node in self.recording.nodes:
+            parts = node.args[0] if operator_of(node) == "cat" and node.args else ()
+            given = [arg for arg in parts if isinstance(arg, fx.Node)] if isinstance(parts, list | tuple) else []
+            if len(given) > 1 and all(self._is_activation(arg) for arg in given):
+                yield node, given
+
+    def pools(self) -> Iterable[tuple[fx.Node, list[fx.Node]]]:
+        """Averages over places."""
+        for node in self.recording.nodes:
+            if operator_of(node) in _POOLS and node.args and isinstance(node.args[0], fx.Node):
+                if len(node.args[0].meta.get("shape") or ()) >= 3:
+                    yield node, [node.args[0]]
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        """Computed from the inputs, and not a number."""
+        source = self.source(node)
+        return source.op != "get_attr" and source.name != "constant" and bool(node.meta.get("shape"))
+
+
+def _value(node: fx.Node) -> fx.Node:
+    """Of an operator with several results the first."""
+    if node.meta.get("shape", ()) is None:
+        for user in node.users:
+            if operator_of(user) == "getitem" and user.args[1] == 0:
+                return user
+    return node
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if not (operator_of(user) == "getitem" and not user.users and user.args[1] != 0)]

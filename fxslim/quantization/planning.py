@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides which layers are quantized, on which grids, and where other quantizers go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fxslim.errors import ConfigError
+from fxslim.graph.inputs import as_inputs
+from fxslim.graph.layer_choice import Chosen
+from fxslim.graph.recording import named_states, record
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
+from fxslim.graph.weight_users import find_users
+from fxslim.nn import ActivationQuant, QuantConfig
+from fxslim.quantization.dataflow import Dataflow
+from fxslim.quantization.layer_configs import LayerConfigs, refuse
+from fxslim.quantization.placement import Placement, place
+from fxslim.quantization.quantizable_layers import QuantizableLayer, find_layers
+from fxslim.quantization.quantization_plan import LayerPlan, QuantizationPlan
+from fxslim.quantization.targets import Target, as_target
+
+
+def plan_quantization(
+    model: nn.Module,
+    config: Any = "int8",
+    *,
+    target: str | Target = "onnxruntime",
+    layers: Chosen | None = None,
+    skip: Chosen = (),
+    overrides: Mapping[str | type, Any] | None = None,
+    first: Any = None,
+    last: Any = None,
+    example_inputs: Any = None,
+) -> QuantizationPlan:
+    """Decide what is quantized, and where; the model is not touched (docs/quantization.md).
+
+    ``config``: a ``QuantConfig``, a name such as "int8" or "w4a8", a dict of AMCT's or NNI's, or a list of NNI's
+    entries. ``target``: onnxruntime, tensorrt, openvino or ascend; it decides the grids of activations. ``overrides``:
+    {layer: config, or "float"}; ``first``, ``last``: the same for the first and the last layer. With
+    ``example_inputs`` sums, pools and outputs get the quantizers that the target computes with; without, each layer
+    quantizes its own input.
+    """
+    chosen = as_target(target)
+    refuse_wrapped(model)
+    model = without_compile_wrapper(model)
+    examples = () if example_inputs is None else tuple(as_inputs(example_inputs))
+    flows = [Dataflow(record(model, example)) for example in examples]
+    found = find_layers(model, find_users(model, examples, None))
+    order = [call.name for flow in flows[:1] for call in flow.recording.calls if call.name in {o.name for o in found}]
+    wishes = LayerConfigs(
+        config=config, layers=layers, skip=skip, overrides=overrides or {}, first=first, last=last, target=chosen
+    )
+    configs = wishes.of(model, found, order)
+    named = layers is not None
+    kept, notes = _possible(found, configs, flows, named)
+    if not kept:
+        raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
+    placed = _Placed(kept, {name: configs[name] for name in kept})
+    if flows and placed.general is not None:
+        placed.take(place(flows[0], {name: config.activation is None for name, config in placed.configs.items()}, chosen))
+    general = placed.general
+    outputs = {} if general is None else {n: _lower_end(general, above) for n, above in placed.outputs.items()}
+    return QuantizationPlan(
+        layers=tuple(LayerPlan(name=n, config=c, user=kept[n].user) for n, c in placed.configs.items()),
+        outputs=outputs,
+        shapes={name: tuple(state.shape) for name, state in named_states(model)},
+        target=chosen.name,
+        start_step=max(config.start_step for config in placed.configs.values()),
+        notes=(*notes, *placed.notes),
+        inputs=examples,
+    )
+
+
+def prepare_qat(
+    model: nn.Module, config: Any = "int8", *, optimizer: Optimizer | None = None, **wishes: Any
+) -> nn.Module:
+    """``plan_quantization(model, config, ...)`` and ``apply`` in one, in place; returns the model, ready to train.
+
+    >>> net = prepare_qat(nn.Sequential(nn.Linear(8, 16)), "w4a8")
+    >>> net[0].weight_quantizer
+    ArqWeights(4 bit, per channel)
+    """
+    return plan_quantization(model, config, **wishes).apply(model, optimizer=optimizer)
+
+
+def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:
+    """0 as the lower end of what is never negative; symmetric grids have none to choose."""
+    return replace(config, fixed_min=True) if above and not config.symmetric and config.clip_min is None else config
+
+
+def _possible(
+    found: list[QuantizableLayer], configs: Mapping[str, QuantConfig], flows: list[Dataflow], named: bool
+) -> tuple[dict[str, QuantizableLayer], list[str]]:
+    """Layers without an obstacle, and notes on the others; those that the user named are errors."""
+    kept, notes = {}, []
+    for one in found:
+        if one.name not in configs:
+            continue
+        calls = max((flow.calls_of.get(one.name, 0) for flow in flows), default=1)
+        obstacle = one.obstacle
+        if not obstacle and calls > 1:
+            obstacle = f"it is called {calls} times in one forward, on tensors of different ranges"
+        if obstacle and named:
+            refuse(one, obstacle)
+        if obstacle:
+            notes.append(f"{one.name or 'the model'} stays in float: {obstacle}")
+            continue
+        if flows and not calls and one.user is None:
+            notes.append(f"{one.name}: the example inputs do not reach it; it quantizes its own input")
+        kept[one.name] = one
+    return kept, notes
+
+
+@dataclass
+class _Placed:
+    """Configs of layers as the placement changes them."""
+
+    layers: Mapping[str, QuantizableLayer]
+    configs: dict[str, QuantConfig]
+
+    def __post_init__(self) -> None:
+        self.outputs: dict[str, bool] = {}
+        self.notes: tuple[str, ...] = ()
+        # What tensors that no layer of its own quantizes get.
+        self.general = next((c.activation for c in self.configs.values() if c.activation is not None), None)
+
+    def take(self, placement: Placement) -> None:
+        """Layers whose input comes quantized do not quantize it again; outputs of layers are their own."""
+        for name in placement.reached:
+            config = self.configs[name]
+            if config.activation is None or self.layers[name].user is not None:
+                continue
+            places = placement.inputs.get(name)
+            activation = _lower_end(config.activation, all(places.values())) if places else None
+            self.configs[name] = replace(config, activation=activation)
+        for name, above in placement.outputs.items():
+            config_of = self.configs.get(name)
+            if config_of is None:
+                self.outputs[name] = above
+            elif config_of.output is None and self.general is not None:
+                self.configs[name] = replace(config_of, output=_lower_end(self.general, above))
+        self.notes = placement.notes
