@@ -11,6 +11,7 @@ from fxslim.kernels import (
     clip_masks,
     clipped_fake_quantization,
     fake_quantization,
+    histogram_observation,
     learned_fake_quantization,
     nm_masking,
     observation,
@@ -159,6 +160,19 @@ def smallest_and_largest(device: torch.device) -> Contest:
     }
 
 
+def counts_in_bins(device: torch.device) -> Contest:
+    """observe_histogram, 2048 bins, 16x64x56x56 float32 after a ReLU (torch: histc and aminmax)."""
+    x = torch.randn(16, 64, 56, 56, device=device).relu_()
+    low, high = (torch.tensor([end], dtype=torch.float64, device=device) for end in (0.0, 8.0))
+    observe = histogram_observation.observe_histogram
+    return {
+        "copy_": _copy(x),
+        "native": lambda: observe(x, low, high, 2048),
+        "reference": lambda: histogram_observation._reference(x, low, high, 2048, False),
+        "torch": lambda: (torch.histc(x, 2048, 0.0, 8.0), torch.aminmax(x)),
+    }
+
+
 def two_of_four(device: torch.device) -> Contest:
     """nm_mask 2:4 of 4096x4096 float32 (torch: WeightNormSparsifier; topk: scatter of a topk)."""
     from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
@@ -224,6 +238,7 @@ CONTESTS = [
     learned_scale,
     learned_clips,
     smallest_and_largest,
+    counts_in_bins,
     two_of_four,
     half_of_the_blocks_linear,
     half_of_the_blocks_conv,

@@ -68,6 +68,24 @@ def _observe_min_max(x: Tensor) -> Iterator[tuple]:
             yield from ((x, axis, channels_last) for channels_last in _orders(x))
 
 
+def _observe_histogram(x: Tensor) -> Iterator[tuple]:
+    if x.numel() == 0:
+        return
+    # Aligned and not, above 0, below 0, one bin, and ranges that nothing can be counted in.
+    ranges = (
+        (-4.0, 4.0, 2048),
+        (-0.3, 1.1, 7),
+        (0.25, 0.75, 64),
+        (-1.7, -0.2, 100),
+        (-1e300, 1e300, 3),
+        (0.0, 1e-3, 1),
+    )
+    for low, high, bins in (*ranges, (1.0, 1.0, 5), (-torch.inf, torch.nan, 5), (1e300, 2e300, 5)):
+        for channels_last in _orders(x):
+            ends = (torch.tensor([end], dtype=torch.float64, device=x.device) for end in (low, high))
+            yield x, *ends, bins, channels_last
+
+
 def _observe_fake_quantize(x: Tensor) -> Iterator[tuple]:
     for axis in _axes(x):
         low = -_parameters(x, axis)[0]
@@ -125,6 +143,7 @@ OPERATORS = [
     Operator(
         name="observe_min_max", reference=_reference("observation", "min_max_reference"), samples=_observe_min_max
     ),
+    Operator(name="observe_histogram", reference=_reference("histogram_observation"), samples=_observe_histogram),
     Operator(
         name="observe_fake_quantize",
         reference=_reference("observed_fake_quantization"),

@@ -64,6 +64,12 @@ INF = torch.tensor([torch.inf])
         ),
         (lambda: kernels.observe_min_max(X[:0]), ConfigError, r"x has shape \(0, 4\): an empty tensor"),
         (lambda: kernels.observe_min_max(X, axis=-3), ConfigError, "axis=-3 does not exist"),
+        (lambda: kernels.observe_histogram(X[:0], 0, 1, 4), ConfigError, r"x has shape \(0, 4\): an empty tensor"),
+        (lambda: kernels.observe_histogram(X, 0, 1, 0), ConfigError, r"bins=0 must be in \[1, 65536\]"),
+        (lambda: kernels.observe_histogram(X, 0, 1, 2.0), DtypeError, "bins must be an int, got 2.0"),
+        (lambda: kernels.observe_histogram(X, 1, 1, 4), ConfigError, "low=1, high=1: bins need finite numbers"),
+        (lambda: kernels.observe_histogram(X, 0, torch.tensor(torch.inf), 4), ConfigError, "low=0, high=inf: bins"),
+        (lambda: kernels.observe_histogram(X, torch.zeros(2), 1, 4), ConfigError, "low has 2 values, expected 1"),
         (
             lambda: kernels.observe_fake_quantize(X, INF, -INF, -8, 7, averaging=0.0),
             ConfigError,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold for any data: idempotence, the size of errors, exact counts, agreement with torch."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fxslim import kernels
@@ -71,3 +72,31 @@ def test_outputs_keep_the_memory_format(channels_last, device) -> None:
         kernels.block_mask(x, 0.5, 4, 2),
     ):
         assert y.stride() == x.stride()
+
+
+@given(x=tensors(), start=st.integers(-90, 90), bins=st.integers(1, 100), exponent=st.integers(-8, 3))
+def test_bins_between_multiples_of_a_power_of_two_are_exact(x, start, bins, exponent) -> None:
+    """Every value is in the bin where numpy finds it, however small it is beside the range."""
+    assume(x.numel() > 0)
+    edges = np.arange(start, start + bins + 1) * 2.0**exponent
+    counts, smallest, largest = kernels.observe_histogram(x, edges[0].item(), edges[-1].item(), bins)
+    values = x.double().numpy().ravel()
+    want = np.searchsorted(edges[1:-1], values[~np.isnan(values)], side="right")
+    assert counts.tolist() == np.bincount(want, minlength=bins).tolist()
+    if np.isnan(values).any():
+        assert smallest.isnan()
+        assert largest.isnan()
+    else:
+        assert (smallest.item(), largest.item()) == (values.min(), values.max())
+
+
+@given(x=tensors(special=False), low=st.floats(-5, 4), width=st.floats(0.1, 9), bins=st.integers(1, 300))
+def test_any_bins_hold_what_numpy_counts_but_for_values_at_an_edge(x, low, width, bins) -> None:
+    assume(x.numel() > 0)
+    counts, *_ = kernels.observe_histogram(x, low, low + width, bins)
+    assert counts.sum() == x.numel()
+    values, slack = x.double().numpy().ravel(), width / bins * 1e-3
+    edges = low + width * np.arange(1, bins) / bins
+    below = counts.cumsum(0)[:-1].numpy()
+    assert np.all(np.searchsorted(np.sort(values), edges - slack) <= below)
+    assert np.all(below <= np.searchsorted(np.sort(values), edges + slack, side="right"))
