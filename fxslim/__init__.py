@@ -2,7 +2,9 @@
 """fxslim makes a PyTorch model smaller and faster and keeps it a PyTorch model."""
 
 from fxslim import kernels as kernels
+from fxslim import nn as nn
 from fxslim import patterns as patterns
+from fxslim import quantization as quantization
 from fxslim import schedules as schedules
 from fxslim import sparsity as sparsity
 from fxslim.checkpoint.model_files import load as load
@@ -25,12 +27,18 @@ from fxslim.graph.channel_graph import trace as trace
 from fxslim.graph.cost import Cost as Cost
 from fxslim.graph.groups import ChannelGroup as ChannelGroup
 from fxslim.graph.inputs import Inputs as Inputs
+from fxslim.nn.quant_config import QuantConfig as QuantConfig
 from fxslim.plan.applied_plans import applied as applied
 from fxslim.pruning.iterative import Pruner as Pruner
 from fxslim.pruning.planning import plan_pruning as plan_pruning
 from fxslim.pruning.planning import prune as prune
 from fxslim.pruning.pruning_plan import PruningPlan as PruningPlan
 from fxslim.pruning.repair.settings import Repair as Repair
+from fxslim.quantization.calibration import calibrating as calibrating
+from fxslim.quantization.calibration import quantize as quantize
+from fxslim.quantization.planning import plan_quantization as plan_quantization
+from fxslim.quantization.planning import prepare_qat as prepare_qat
+from fxslim.quantization.quantization_plan import QuantizationPlan as QuantizationPlan
 from fxslim.sparsity.planning import plan_sparsity as plan_sparsity
 from fxslim.sparsity.planning import sparsify as sparsify
 from fxslim.sparsity.sparsity_plan import SparsityPlan as SparsityPlan

@@ -7,11 +7,17 @@ from typing import Any
 
 from fxslim.errors import CheckpointError, unknown_name
 from fxslim.pruning.pruning_plan import PruningPlan
+from fxslim.quantization.quantization_plan import QuantizationPlan
 from fxslim.sparsity.baking import BakePlan
 from fxslim.sparsity.sparsity_plan import SparsityPlan
 
-Plan = PruningPlan | SparsityPlan | BakePlan
-_KINDS: dict[str, Any] = {"pruning": PruningPlan, "sparsity": SparsityPlan, "bake": BakePlan}
+Plan = PruningPlan | SparsityPlan | BakePlan | QuantizationPlan
+_KINDS: dict[str, Any] = {
+    "pruning": PruningPlan,
+    "sparsity": SparsityPlan,
+    "bake": BakePlan,
+    "quantization": QuantizationPlan,
+}
 
 
 def plan_from_dict(data: Any) -> Plan:

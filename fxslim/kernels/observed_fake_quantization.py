@@ -97,8 +97,8 @@ torch.library.register_autograd("fxslim::observe_fake_quantize", _backward, setu
 
 def observe_fake_quantize(
     x: Tensor,
-    range_min: Tensor,
-    range_max: Tensor,
+    range_min: Tensor | float,
+    range_max: Tensor | float,
     quant_min: int,
     quant_max: int,
     *,

@@ -17,7 +17,9 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     return output if quantizer is None or not isinstance(output, Tensor) else quantizer(output)
 
 
-def place_output_quantizer(module: nn.Module, config: ActivationQuant, start_step: int, name: str) -> ActivationQuantizer:
+def place_output_quantizer(
+    module: nn.Module, config: ActivationQuant, start_step: int, name: str
+) -> ActivationQuantizer:
     """Add a quantizer to a module's output; a Sequential gets it as its last member, which runs by itself."""
     quantizer = activation_quantizer(config, start_step)
     state = next(iter([*module.parameters(), *module.buffers()]), None)

@@ -49,7 +49,7 @@ class QuantizedLayer(MaskedWeights):
         return as_quant_config(config, cls.__name__)
 
     @classmethod
-    def from_float(cls, layer: nn.Module, config: Any = None) -> Self:
+    def from_float(cls, layer: nn.Module, config: Any = None) -> Self:  # type: ignore[override]
         """A quantized layer with the same Parameter objects, attributes, mask and hooks.
 
         ``config``: a ``QuantConfig``, a name such as "int8" or "w4a8", or a dict of AMCT's or NNI's.

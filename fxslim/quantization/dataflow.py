@@ -17,6 +17,9 @@ _MOVES = frozenset(
     upsample_nearest2d native_channel_shuffle as_strided
     """.split()
 )
+# Of these, the ones that keep all values.
+_VIEWS = frozenset("view _unsafe_view reshape permute transpose t flatten contiguous clone unsqueeze squeeze".split())
+_PRODUCTS = frozenset("convolution addmm mm bmm baddbmm matmul linear".split())
 _CLAMPS = frozenset(("relu", "hardtanh", "clamp", "clamp_min", "relu6"))
 _NORMS = frozenset(("native_batch_norm", "batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"))
 _SUMS = frozenset(("add", "sub", "mul"))
@@ -48,7 +51,19 @@ class Dataflow:
         self.givers: dict[fx.Node, ModuleCall] = {}
         for call in recording.calls:
             if len(call.outputs) == 1 and self.calls_of[call.name] == 1 and call.outputs[0] not in call.inputs:
-                self.givers.setdefault(call.outputs[0], call)
+                for node in self._same_values(call.outputs[0]):
+                    self.givers.setdefault(node, call)
+
+    def _same_values(self, node: fx.Node) -> Iterable[fx.Node]:
+        """The tensor, and those that are read by nothing but the moves which it came by."""
+        yield node
+        while operator_of(node) in _VIEWS and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+            node = node.args[0]
+            yield node
+
+    def is_product(self, node: fx.Node) -> bool:
+        """Whether a layer's arithmetic gave it, at once or moved."""
+        return operator_of(self.source(node)) in _PRODUCTS
 
     def source(self, node: fx.Node) -> fx.Node:
         """The tensor that this one is a moved part of."""
@@ -96,9 +111,9 @@ class Dataflow:
     def pools(self) -> Iterable[tuple[fx.Node, list[fx.Node]]]:
         """Averages over places."""
         for node in self.recording.nodes:
-            if operator_of(node) in _POOLS and node.args and isinstance(node.args[0], fx.Node):
-                if len(node.args[0].meta.get("shape") or ()) >= 3:
-                    yield node, [node.args[0]]
+            given = node.args[0] if operator_of(node) in _POOLS else None
+            if isinstance(given, fx.Node) and len(given.meta.get("shape") or ()) >= 3:
+                yield node, [given]
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Computed from the inputs, and not a number."""
@@ -116,4 +131,6 @@ def _value(node: fx.Node) -> fx.Node:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if not (operator_of(user) == "getitem" and not user.users and user.args[1] != 0)]
+    return [
+        user for user in node.users if not (operator_of(user) == "getitem" and not user.users and user.args[1] != 0)
+    ]

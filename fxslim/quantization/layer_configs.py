@@ -15,7 +15,16 @@ from fxslim.quantization.targets import Target
 
 _FLOAT = QuantConfig(weight=None, activation=None)
 # What NNI's "default" stands for.
-_NNI_DEFAULT = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Embedding")
+_NNI_DEFAULT = (
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "Embedding",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

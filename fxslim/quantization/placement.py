@@ -45,7 +45,7 @@ def place(flow: Dataflow, layers: Mapping[str, bool], target: Target) -> Placeme
     made, reached = [], []
     for call in flow.recording.calls:
         if call.name in layers and flow.calls_of[call.name] == 1:
-            made += call.outputs[:1]
+            made += [node for node in call.outputs[:1] if flow.is_product(node)]
             reached.append(call.name)
             if not layers[call.name]:
                 for place_, node in enumerate(call.inputs):
@@ -100,7 +100,7 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand], reached: tuple[s
             what = ", ".join(sorted({operator_of(user) for user in wanted.operators}))
             where = node.meta.get("module") or "the model"
             notes.append(
-                f"a {operator_of(node) or 'tensor'} in {where} stays in float for {what}: no module that is called once "
-                "gives it; make it the result of a module of its own"
+                f"a {operator_of(node) or 'tensor'} in {where} stays in float for {what}: no module that is called "
+                "once gives it; make it the result of a module of its own"
             )
     return Placement(reached=reached, inputs=inputs, outputs=outputs, notes=tuple(dict.fromkeys(notes)))

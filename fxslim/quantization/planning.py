@@ -60,7 +60,9 @@ def plan_quantization(
         raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
     placed = _Placed(kept, {name: configs[name] for name in kept})
     if flows and placed.general is not None:
-        placed.take(place(flows[0], {name: config.activation is None for name, config in placed.configs.items()}, chosen))
+        placed.take(
+            place(flows[0], {name: config.activation is None for name, config in placed.configs.items()}, chosen)
+        )
     general = placed.general
     outputs = {} if general is None else {n: _lower_end(general, above) for n, above in placed.outputs.items()}
     return QuantizationPlan(

@@ -39,7 +39,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizationPlan:
-    """Layers with their configs, modules whose output is quantized, and the deployment target that decided the grids."""
+    """Layers with their configs, modules whose output is quantized, and the target that decided the grids."""
 
     layers: tuple[LayerPlan, ...]
     outputs: Mapping[str, ActivationQuant]

@@ -46,7 +46,9 @@ def _name(module: QuantizedLayer, name: str) -> None:
             part.name_quantizers(".".join(filter(None, (name, path))) or "the model")
 
 
-def quantize_outputs(model: nn.Module, outputs: Mapping[str, ActivationQuant], start_step: int, changes: Changes) -> None:
+def quantize_outputs(
+    model: nn.Module, outputs: Mapping[str, ActivationQuant], start_step: int, changes: Changes
+) -> None:
     """Quantizers of what these modules give."""
     for name, config in outputs.items():
         module = model.get_submodule(name)

@@ -42,8 +42,8 @@ def try_quantized(model: nn.Module, examples: Iterable[Inputs]) -> None:
             handle.remove()
     for name, reader in past.items():
         raise UnsupportedLayerError(
-            f"{name}: {reader or 'the model'} reads the stored weight itself, past its quantizer: read it anew as .weight "
-            "in each forward, or name the layer in skip=. Nothing was changed"
+            f"{name}: {reader or 'the model'} reads the stored weight itself, past its quantizer: read it anew as "
+            ".weight in each forward, or name the layer in skip=. Nothing was changed"
         )
 
 

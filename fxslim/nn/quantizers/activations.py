@@ -43,6 +43,7 @@ class ActivationQuantizer(Phased):
         self.make_states()
         self._collecting = self._just_calibrated = False
         self._method: Any = None
+        self.batches_collected = 0
         if config.clip_min is not None and config.clip_max is not None:
             self.set_range(torch.tensor(float(config.clip_min)), torch.tensor(float(config.clip_max)))
             self.batches_needed = start_step
@@ -77,6 +78,7 @@ class ActivationQuantizer(Phased):
         seen, enabled, observing = self.read_phase()
         if self._collecting and observing:
             self._observe(x)
+            self.batches_collected += 1
             return x
         if not enabled or not x.is_floating_point():
             return x
@@ -120,7 +122,7 @@ class ActivationQuantizer(Phased):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         method = self._new_method()
-        method.load({name: self._buffers["calibration_" + name] for name in method.state()})
+        method.load_state({name: self._buffers["calibration_" + name] for name in method.state()})
         try:
             method.observe(x.detach())
         except CalibrationError as error:
@@ -133,7 +135,7 @@ class ActivationQuantizer(Phased):
         """Watch forwards in any mode, unquantized, until ``finish_calibration``; what was seen before is forgotten."""
         for name, value in self._new_method().state().items():
             self.register_buffer("calibration_" + name, value.to(self.scale.device))
-        self._method, self._collecting = None, True
+        self._method, self._collecting, self.batches_collected = None, True, 0
 
     def stop_collecting(self) -> None:
         """Watch no more; the range stays what it was."""

@@ -45,7 +45,7 @@ class UlqActivations(ActivationQuantizer):
 
     def clips(self) -> tuple[Tensor, Tensor]:
         """The clips in force."""
-        high = self.clip_max
+        high: Tensor = self.clip_max
         if self.symmetric:
             least, most = self.config.grid
             high = _valid(high, high > _LEAST_RANGE, self.last_max)

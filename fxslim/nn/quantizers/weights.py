@@ -109,7 +109,7 @@ class ArqWeights(WeightQuantizer):
         return observe_fake_quantize(rows, 0.0, 0.0, *self.config.grid, averaging=1.0, symmetric=True, axis=axis)
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        found = []
+        found: list[Tensor] = []
 
         def look(rows: Tensor, axis: int | None) -> Tensor:
             found.extend(self._covered(rows, axis)[3:])
@@ -123,6 +123,7 @@ class LsqWeights(WeightQuantizer):
     """The scale is a parameter; it starts where it covers the weight."""
 
     scale: nn.Parameter
+    is_started: Tensor
 
     def attach(self, weight: Tensor) -> None:
         super().attach(weight)
