@@ -120,6 +120,4 @@ def fake_quantize_float(x: Tensor, scale: Tensor | float, format: str, axis: int
     if scales.requires_grad and torch.is_grad_enabled():
         raise ConfigError("scale requires grad, which fake_quantize_float does not give: pass scale.detach()")
     save_mask = torch.is_grad_enabled() and x.requires_grad
-    return torch.ops.fxslim.fake_quantize_float(
-        x, scales, *FORMATS[format], axis, lies_channels_last(x), save_mask
-    )[0]
+    return torch.ops.fxslim.fake_quantize_float(x, scales, *FORMATS[format], axis, lies_channels_last(x), save_mask)[0]

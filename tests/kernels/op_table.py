@@ -133,9 +133,7 @@ def _block_mask(x: Tensor) -> Iterator[tuple]:
 
 OPERATORS = [
     Operator(name="fake_quantize", reference=_reference("fake_quantization"), samples=_fake_quantize),
-    Operator(
-        name="fake_quantize_float", reference=_reference("float_fake_quantization"), samples=_fake_quantize_float
-    ),
+    Operator(name="fake_quantize_float", reference=_reference("float_fake_quantization"), samples=_fake_quantize_float),
     Operator(name="mask_gradient", reference=_reference("clip_masks"), samples=_mask_gradient),
     Operator(
         name="observe_min_max", reference=_reference("observation", "min_max_reference"), samples=_observe_min_max

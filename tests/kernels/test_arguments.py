@@ -62,6 +62,25 @@ INF = torch.tensor([torch.inf])
             ConfigError,
             "use fake_quantize_learned",
         ),
+        (
+            lambda: kernels.fake_quantize_float(X, 0.1, "fp8_e4m4"),
+            ConfigError,
+            "unknown format 'fp8_e4m4'; did you mean 'fp8_e4m3'",
+        ),
+        (lambda: kernels.fake_quantize_float(X, 0.1, 8), DtypeError, "format must be a name, got 8"),
+        (lambda: kernels.fake_quantize_float(X.int(), 0.1, "fp4_e2m1"), DtypeError, "x must be float32.*torch.int32"),
+        (lambda: kernels.fake_quantize_float(X, 0.0, "fp4_e2m1"), ConfigError, "scale=0.0 must be a finite number > 0"),
+        (
+            lambda: kernels.fake_quantize_float(X, torch.ones(3), "fp4_e2m1", axis=1),
+            ConfigError,
+            "scale has 3 values, expected 4",
+        ),
+        (lambda: kernels.fake_quantize_float(X, 0.1, "fp4_e2m1", axis=2), ConfigError, "axis=2 does not exist"),
+        (
+            lambda: kernels.fake_quantize_float(X, torch.ones(1, requires_grad=True), "fp8_e4m3"),
+            ConfigError,
+            r"scale requires grad, which fake_quantize_float does not give: pass scale.detach\(\)",
+        ),
         (lambda: kernels.observe_min_max(X[:0]), ConfigError, r"x has shape \(0, 4\): an empty tensor"),
         (lambda: kernels.observe_min_max(X, axis=-3), ConfigError, "axis=-3 does not exist"),
         (
