@@ -11,6 +11,7 @@ from fxslim.kernels import (
     clip_masks,
     clipped_fake_quantization,
     fake_quantization,
+    float_fake_quantization,
     histogram_observation,
     learned_fake_quantization,
     nm_masking,
@@ -149,6 +150,27 @@ def learned_clips(device: torch.device) -> Contest:
     return {"copy_": _copy(x), "native": _graph(native, [x, *clips], grad), "reference": reference}
 
 
+def fp8_per_tensor(device: torch.device) -> Contest:
+    """fake_quantize_float fp8_e4m3 per tensor, 16x64x56x56 float32, forward and backward (torch: cast and back)."""
+    x = torch.randn(16, 64, 56, 56, device=device, requires_grad=True)
+    grad, plain = torch.randn_like(x), x.detach()
+    scale = torch.tensor([0.005], device=device)
+
+    def reference() -> Tensor:
+        _, mask = float_fake_quantization._reference(plain, scale, 3, -6, 448.0, None, False, True)
+        return clip_masks._reference(grad, mask, False)
+
+    def torch_cast(t: Tensor) -> Tensor:
+        return (t / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(t.dtype) * scale
+
+    return {
+        "copy_": _copy(x),
+        "native": _graph(lambda t: float_fake_quantization.fake_quantize_float(t, scale, "fp8_e4m3"), [x], grad),
+        "reference": reference,
+        "torch": _graph(torch_cast, [x], grad),
+    }
+
+
 def smallest_and_largest(device: torch.device) -> Contest:
     """observe_min_max per tensor, 16x64x56x56 float32."""
     x = torch.randn(16, 64, 56, 56, device=device)
@@ -237,6 +259,7 @@ CONTESTS = [
     weights_per_channel,
     learned_scale,
     learned_clips,
+    fp8_per_tensor,
     smallest_and_largest,
     counts_in_bins,
     two_of_four,

@@ -25,11 +25,12 @@ NOTES = """
 Outputs are allocated inside the timing; `copy_` into a preallocated tensor is 1 and is timed in the same rounds.
 Contestants take turns in one process; a figure is the median over the rounds of the ratio to `copy_` in the same
 round (process-CPU time with one thread, wall time otherwise). `torch` is torch.fake_quantize_per_tensor_affine,
-torch.fused_moving_avg_obs_fake_quant, torch._fake_quantize_learnable_per_tensor_affine, torch.aminmax (with torch.histc
-where bins are counted) and torch.ao.pruning.WeightNormSparsifier.step. The allocator keeps freed memory
-(MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_), the same for all: otherwise glibc returns it after each call, and
-page faults cost every contestant more than its arithmetic. `native` includes the Python call, autograd and argument
-checks; `reference` is called without them. Reproduce with `make bench`.
+torch.fused_moving_avg_obs_fake_quant, torch._fake_quantize_learnable_per_tensor_affine, a cast to
+torch.float8_e4m3fn and back with its autograd, torch.aminmax (with torch.histc where bins are counted) and
+torch.ao.pruning.WeightNormSparsifier.step. The allocator keeps freed memory (MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_), the same for all: otherwise glibc returns it after each call, and page faults cost every
+contestant more than its arithmetic. `native` includes the Python call, autograd and argument checks; `reference` is
+called without them. Reproduce with `make bench`.
 """.strip()
 
 

@@ -55,6 +55,18 @@ def _fake_quantize(x: Tensor) -> Iterator[tuple]:
     yield x, *_parameters(x, None), -8, 7, None, False, False
 
 
+# fp8_e4m3, fp8_e5m2, fp4_e2m1, and float16 for the most mantissa bits.
+_FLOAT_FORMATS = ((3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0), (10, -14, 65504.0))
+
+
+def _fake_quantize_float(x: Tensor) -> Iterator[tuple]:
+    for axis in _axes(x):
+        for channels_last in _orders(x):
+            for form in _FLOAT_FORMATS:
+                yield x, _parameters(x, axis)[0], *form, axis, channels_last, True
+    yield x, _parameters(x, None)[0], 1, 0, 6.0, None, False, False
+
+
 def _mask_gradient(x: Tensor) -> Iterator[tuple]:
     generator = torch.Generator().manual_seed(1)
     mask = torch.randint(0, 256, ((x.numel() + 7) // 8,), generator=generator, dtype=torch.uint8)
@@ -139,6 +151,7 @@ def _block_mask(x: Tensor) -> Iterator[tuple]:
 
 OPERATORS = [
     Operator(name="fake_quantize", reference=_reference("fake_quantization"), samples=_fake_quantize),
+    Operator(name="fake_quantize_float", reference=_reference("float_fake_quantization"), samples=_fake_quantize_float),
     Operator(name="mask_gradient", reference=_reference("clip_masks"), samples=_mask_gradient),
     Operator(
         name="observe_min_max", reference=_reference("observation", "min_max_reference"), samples=_observe_min_max

@@ -31,6 +31,7 @@ class Quantizing(nn.Module):
         )[0]
         weight = weight * kernels.nm_mask(weight, 2, 4) * kernels.block_mask(weight, 0.3, cin=2, cout=2)
         x = kernels.fake_quantize_clipped(bits(x), self.clips[0], self.clips[1], -128, 127)[0]
+        x = kernels.fake_quantize_float(x, 0.01, "fp8_e4m3")
         x = nn.functional.linear(x, weight, self.linear.bias)
         return kernels.fake_quantize_learned(x, self.scale, 0, -128, 127, axis=1)
 
@@ -94,6 +95,7 @@ def test_export_keeps_the_operators() -> None:
             "block_mask",
             "fake_quantize",
             "fake_quantize_clipped",
+            "fake_quantize_float",
             "fake_quantize_learned",
             "nm_mask",
             "observe_fake_quantize",

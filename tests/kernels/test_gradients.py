@@ -40,6 +40,13 @@ def fake_quantize_formula(x, scale, zero_point, low, high, axis=None):
     return (inclusive_clamp(straight_round(x / s) + z, low, high) - z) * s
 
 
+def float_formula(x, scale, axis=None):
+    """fp4_e2m1: steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6."""
+    v = x / column(scale, x, axis)
+    step = 0.5 + 0.5 * (v.detach().abs() >= 2) + (v.detach().abs() >= 4)
+    return inclusive_clamp(straight_round(v / step) * step, -6, 6) * column(scale, x, axis)
+
+
 def clipped_formula(x, clip_min, clip_max, low, high):
     scale = (clip_max - clip_min) / (high - low)
     zero_point = low - straight_round(clip_min / scale)
@@ -62,6 +69,22 @@ def test_fake_quantize_in_all_layouts_of_input_and_gradient(axis, x_layout, grad
     zero_point = torch.arange(count, dtype=torch.int32, device=device) % 5 - 2
     y = kernels.fake_quantize(x, scale, zero_point, -8, 7, axis)
     want_y = fake_quantize_formula(x, scale, zero_point, -8, 7, axis if axis is None else axis % 4)
+    torch.testing.assert_close(y, want_y, rtol=0, atol=1e-15)
+    (got,) = torch.autograd.grad(y, x, grad)
+    (want,) = torch.autograd.grad(want_y, x, grad)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+def test_fake_quantize_float_in_all_layouts_of_input_and_gradient(axis, x_layout, grad_layout, device) -> None:
+    x = lay_out(normal(3, 5, 4, 6), x_layout).to(device).requires_grad_()
+    grad = lay_out(normal(3, 5, 4, 6, seed=1), grad_layout).to(device)
+    count = 1 if axis is None else x.shape[axis]
+    scale = torch.linspace(0.05, 0.4, count, dtype=torch.float64, device=device)
+    y = kernels.fake_quantize_float(x, scale, "fp4_e2m1", axis)
+    want_y = float_formula(x, scale, axis if axis is None else axis % 4)
     torch.testing.assert_close(y, want_y, rtol=0, atol=1e-15)
     (got,) = torch.autograd.grad(y, x, grad)
     (want,) = torch.autograd.grad(want_y, x, grad)

@@ -67,6 +67,7 @@ def test_outputs_keep_the_memory_format(channels_last, device) -> None:
     inf = torch.full((1,), torch.inf, device=device)
     for y in (
         kernels.fake_quantize(x, 0.1, 0, -8, 7),
+        kernels.fake_quantize_float(x, 0.1, "fp8_e4m3"),
         kernels.observe_fake_quantize(x, inf, -inf, -8, 7)[0],
         kernels.nm_mask(x, 2, 4),
         kernels.block_mask(x, 0.5, 4, 2),

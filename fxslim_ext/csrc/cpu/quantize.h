@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 
+#include "../float_grid.h"
 #include "../grid.h"
 #include "../layout.h"
 #include "clip_bits.h"
@@ -17,19 +20,26 @@ template <class M>
 constexpr M kRounder = std::is_same_v<M, double> ? M(6755399441055744.0) : M(12582912.0);
 
 template <class M>
-M round_half_even(M value) {
+FXSLIM_INLINE inline M round_half_even(M value) {
   return (value + kRounder<M>) - kRounder<M>;
 }
 
+// The grid of whole numbers: how its values are rounded, and half of the distance between two of them.
+template <class M>
+struct WholeGrid {
+  FXSLIM_INLINE M operator()(M value) const { return round_half_even(value); }
+  M half_step() const { return M(0.5); }
+};
+
 // The largest x that rounds to at most `step` steps, or (direction = -1) the smallest to at least
 // `step`. Rounding is monotone, so a mask needs no quotient: it compares x with these two.
-template <class M>
-M outermost(M step, M scale, M direction) {
+template <class M, class Rounding>
+M outermost(M step, M scale, M direction, const Rounding& rounding) {
   constexpr M most = std::numeric_limits<M>::max();
   const M infinity = std::numeric_limits<M>::infinity() * direction;
   if (!(scale > 0)) return -infinity;
-  const auto inside = [&](M x) { return round_half_even(x / scale) * direction <= step * direction; };
-  M x = std::clamp((step + direction / 2) * scale, -most, most);
+  const auto inside = [&](M x) { return rounding(x / scale) * direction <= step * direction; };
+  M x = std::clamp((step + direction * rounding.half_step()) * scale, -most, most);
   // The start is off by an ulp or two. The bound is for subnormal numbers that the CPU was told to flush to 0.
   int tries = 64;
   while (!inside(x) && tries-- > 0) x = std::nextafter(x, -infinity);
@@ -52,6 +62,18 @@ struct GridTable {
       const Walk& walk_, const M* scale_, const int32_t* zero_point, int64_t quant_min, int64_t quant_max,
       bool with_mask)
       : walk(walk_) {
+    fill(scale_, with_mask, WholeGrid<M>{}, [=](int64_t c) {
+      return std::pair(static_cast<M>(quant_min - zero_point[c]), static_cast<M>(quant_max - zero_point[c]));
+    });
+  }
+
+  GridTable(const Walk& walk_, const M* scale_, const FloatGrid<M>& grid, bool with_mask) : walk(walk_) {
+    fill(scale_, with_mask, grid, [=](int64_t) { return std::pair(-grid.largest, grid.largest); });
+  }
+
+  // bounds(c) are those of a channel, in steps from the zero point.
+  template <class Rounding, class Bounds>
+  void fill(const M* scale_, bool with_mask, const Rounding& rounding, const Bounds& bounds) {
     const int64_t period = walk.period();
     spread = walk.channels > 1 && walk.inner < 32;
     const int64_t size = !spread ? walk.channels : period * std::max<int64_t>(1, 1024 / std::max<int64_t>(period, 1));
@@ -66,11 +88,10 @@ struct GridTable {
       } else {
         const int64_t c = spread ? i / walk.inner : i;
         scale[i] = usable_scale(scale_[c]);
-        low[i] = static_cast<M>(quant_min - zero_point[c]);
-        high[i] = static_cast<M>(quant_max - zero_point[c]);
+        std::tie(low[i], high[i]) = bounds(c);
         if (!with_mask) continue;
-        kept_from[i] = outermost(low[i], scale[i], M(-1));
-        kept_to[i] = outermost(high[i], scale[i], M(1));
+        kept_from[i] = outermost(low[i], scale[i], M(-1), rounding);
+        kept_to[i] = outermost(high[i], scale[i], M(1), rounding);
       }
     }
   }
@@ -101,24 +122,27 @@ struct GridTable {
   }
 };
 
-// y = round(clamp(x / scale, low, high)) * scale; the bounds are whole, so this clamps the rounded value.
-template <bool Spread, class M>
+// y = round(clamp(x / scale, low, high)) * scale; the bounds are on the grid, so this clamps the rounded value.
+template <bool Spread, class M, class Rounding>
 FXSLIM_INLINE inline void quantize_run(
     const M* __restrict x, M* __restrict y, int64_t n, const M* __restrict scale, const M* __restrict low,
-    const M* __restrict high) {
+    const M* __restrict high, const Rounding& rounding) {
   const M scale0 = *scale, low0 = *low, high0 = *high;
+  const Rounding round = rounding;
   for (int64_t i = 0; i < n; ++i) {
     const M s = Spread ? scale[i] : scale0, lo = Spread ? low[i] : low0, hi = Spread ? high[i] : high0;
     M v = x[i] / s;
     v = v < lo ? lo : v;
     v = v > hi ? hi : v;
-    y[i] = ((v + kRounder<M>) - kRounder<M>) * s;
+    y[i] = round(v) * s;
   }
 }
 
 // Quantizes elements [begin, end), and packs their mask where `bits` is given (begin a multiple of 8).
-template <class T>
-void quantize_range(const T* x, T* y, uint8_t* bits, int64_t begin, int64_t end, const GridTable<math_t<T>>& grid) {
+template <class T, class Rounding = WholeGrid<math_t<T>>>
+void quantize_range(
+    const T* x, T* y, uint8_t* bits, int64_t begin, int64_t end, const GridTable<math_t<T>>& grid,
+    const Rounding& rounding = {}) {
   using M = math_t<T>;
   alignas(64) M in_buffer[kBlock], out_buffer[kBlock];
   for (int64_t start = begin; start < end; start += kBlock) {
@@ -128,8 +152,8 @@ void quantize_range(const T* x, T* y, uint8_t* bits, int64_t begin, int64_t end,
     for_best_cpu([&]() FXSLIM_INLINE {
       grid.for_stretches(start, start + count, [&](int64_t i, int64_t n, int64_t at) FXSLIM_INLINE {
         const M *s = &grid.scale[at], *lo = &grid.low[at], *hi = &grid.high[at];
-        if (grid.spread) quantize_run<true>(in + (i - start), out + (i - start), n, s, lo, hi);
-        else quantize_run<false>(in + (i - start), out + (i - start), n, s, lo, hi);
+        if (grid.spread) quantize_run<true>(in + (i - start), out + (i - start), n, s, lo, hi, rounding);
+        else quantize_run<false>(in + (i - start), out + (i - start), n, s, lo, hi, rounding);
       });
     });
     store_block(out, y + start, count);
@@ -145,12 +169,13 @@ void quantize_range(const T* x, T* y, uint8_t* bits, int64_t begin, int64_t end,
 constexpr int64_t kGrain = 16 * kBlock;
 
 // Quantizes the whole tensor on all threads, and packs its clip mask where one is wanted.
-template <class T>
-void quantize_tensor(const T* x, T* y, uint8_t* bits, const GridTable<math_t<T>>& grid) {
+template <class T, class Rounding = WholeGrid<math_t<T>>>
+void quantize_tensor(
+    const T* x, T* y, uint8_t* bits, const GridTable<math_t<T>>& grid, const Rounding& rounding = {}) {
   const int64_t numel = grid.walk.numel();
   const int64_t blocks = (numel + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, blocks, kGrain / kBlock, [&](int64_t first, int64_t last) {
-    quantize_range(x, y, bits, first * kBlock, std::min(numel, last * kBlock), grid);
+    quantize_range(x, y, bits, first * kBlock, std::min(numel, last * kBlock), grid, rounding);
   });
 }
 
