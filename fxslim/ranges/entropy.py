@@ -11,6 +11,9 @@ from fxslim.ranges.histogram import Histogram
 from fxslim.ranges.method import HistogramMethod
 from fxslim.ranges.symmetric_ranges import range_with_zero
 
+# What is cut off may come to lie in a bin that is empty itself: its divergence is large, not infinite.
+_ALMOST_NOTHING = 1e-4
+
 
 class Entropy(HistogramMethod):
     """TensorRT's calibration: bins of magnitudes are cut off from above; what is cut off counts in the last one
@@ -83,7 +86,6 @@ def divergence(weights: np.ndarray, kept: int, levels: int) -> float:
     quantized = np.where(full, spread[level], 0.0)
     original[-1] += weights[kept:].sum()
     seen = original > 0
-    if not quantized.any() or np.any(quantized[seen] == 0):
-        return float("inf")
+    quantized[seen & (quantized == 0)] = _ALMOST_NOTHING
     p, q = original[seen] / original.sum(), quantized[seen] / quantized.sum()
     return float(np.sum(p * np.log(p / q)))
