@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 # No bin is narrower than this, nor than 2**-20 of the largest magnitude: its ends stay exact in float32.
-NARROWEST, _FINEST = 2.0**-100, 2.0**-20
+_NARROWEST, _FINEST = 2.0**-100, 2.0**-20
 
 
 def _power_above(value: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def grid_of_bins(low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     low, high = (torch.nan_to_num(end, nan=0.0, posinf=0.0, neginf=0.0) for end in (low, high))
     # Halves, since the whole may be too large for a number.
     span = _power_above(high / 2 - low / 2) * 2
-    least = torch.clamp(_power_above(torch.maximum(low.abs(), high.abs())) * _FINEST, min=NARROWEST)
+    least = torch.clamp(_power_above(torch.maximum(low.abs(), high.abs())) * _FINEST, min=_NARROWEST)
     width = torch.maximum(span * 2.0 ** (2 - bins.bit_length()), least)
     for narrower in range(3):
         tried = torch.maximum(span * 2.0 ** (1 - narrower - bins.bit_length()), least)

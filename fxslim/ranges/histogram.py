@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.kernels import observe_histogram, observe_min_max
-from fxslim.ranges.bin_grid import NARROWEST, grid_of_bins, moved_counts
+from fxslim.ranges.bin_grid import grid_of_bins, moved_counts
 from fxslim.ranges.finite_data import check_seen, num_not_finite
 
 
@@ -42,15 +42,16 @@ class Histogram:
         """Nothing seen yet: an infinite ``low`` says so."""
         if isinstance(bins, bool) or not isinstance(bins, int) or not 16 <= bins <= 65536:
             raise ConfigError(f"bins={bins!r} must be a whole number in [16, 65536]")
-        numbers = torch.zeros(bins + 3, dtype=torch.int64, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        start, width = grid_of_bins(zero, zero, bins)
         return cls(
-            counts=numbers[3:].clone(),
-            start=numbers[0].clone(),
-            width=torch.full((), NARROWEST, dtype=torch.float64, device=device),
+            counts=torch.zeros(bins, dtype=torch.int64, device=device),
+            start=start,
+            width=width,
             low=torch.full((), torch.inf, device=device),
             high=torch.full((), -torch.inf, device=device),
-            num_seen=numbers[1].clone(),
-            num_bad=numbers[2].clone(),
+            num_seen=torch.zeros_like(start),
+            num_bad=torch.zeros_like(start),
         )
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxslim.errors import ConfigError
 from fxslim.ranges.percentile import Percentile
 from fxslim.ranges.quantization_error import integer_grid, squared_error
-from fxslim.ranges.symmetric_ends import symmetric_ends, symmetric_scale
+from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
 
 class Ifmr(Percentile):

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from fxslim.ranges.histogram import Histogram
-from fxslim.ranges.symmetric_ends import check_grid_of
+from fxslim.ranges.symmetric_ranges import check_grid_of
 
 
 class RangeMethod(ABC):

@@ -10,7 +10,7 @@ from fxslim.errors import ConfigError
 from fxslim.kernels import observe_min_max
 from fxslim.ranges.finite_data import check_seen, num_not_finite
 from fxslim.ranges.method import RangeMethod
-from fxslim.ranges.symmetric_ends import range_with_zero
+from fxslim.ranges.symmetric_ranges import range_with_zero
 
 
 class MinMax(RangeMethod):

@@ -5,13 +5,18 @@ import inspect
 from typing import Any
 
 from fxslim.errors import ConfigError, unknown_name
+from fxslim.ranges.entropy import Entropy
+from fxslim.ranges.hfmg import Hfmg
 from fxslim.ranges.ifmr import Ifmr
 from fxslim.ranges.method import RangeMethod
 from fxslim.ranges.min_max import MinMax
 from fxslim.ranges.moving_average import MovingAverage
+from fxslim.ranges.mse import Mse
 from fxslim.ranges.percentile import Percentile
 
-METHODS: dict[str, type[RangeMethod]] = {method.name: method for method in (MinMax, MovingAverage, Percentile, Ifmr)}
+METHODS: dict[str, type[RangeMethod]] = {
+    method.name: method for method in (MinMax, MovingAverage, Percentile, Mse, Ifmr, Hfmg, Entropy)
+}
 
 
 def range_method(name: str, **options: Any) -> RangeMethod:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxslim.errors import ConfigError
 from fxslim.ranges.extreme_values import NUM_KEPT, largest_with, no_values
 from fxslim.ranges.method import HistogramMethod
-from fxslim.ranges.symmetric_ends import range_with_zero
+from fxslim.ranges.symmetric_ranges import range_with_zero
 
 
 def check_percentile(name: str, value: float) -> None:

@@ -4,45 +4,72 @@
 import torch
 from torch import Tensor
 
-# Candidates times bins that are looked at together: some 8 MiB a tensor.
+# Candidates times bins or points that are looked at together: some 8 MiB a tensor.
 _AT_ONCE = 1 << 20
 
 
 def squared_error(edges: Tensor, counts: Tensor, first: Tensor, step: Tensor, num_points: int) -> Tensor:
     """For each candidate grid, the sum of squared distances to its nearest point.
 
-    A grid has ``num_points`` points, ``first + k * step``. The values of a bin lie evenly between its
-    edges. The integral over a bin is exact, also where a bin spans many points, or none.
+    A grid has ``num_points`` points, ``first + k * step``. The values of a bin lie evenly between its edges;
+    the integral over them is exact, whether a bin spans many points or none.
 
     >>> edges, one = torch.tensor([0.0, 1.0, 2.0]), torch.ones(1)
     >>> squared_error(edges, torch.tensor([0, 3]), first=one, step=one, num_points=2)
     tensor([0.2500], dtype=torch.float64)
     """
-    edges, weights = edges.double(), counts.double()
-    if not edges.numel():
-        return torch.zeros_like(first)
-    full = weights > 0
-    lower, upper, weights = edges[:-1][full], edges[1:][full], weights[full]
-    size = max(1, _AT_ONCE // max(1, weights.numel()))
-    parts = [
-        _mean_errors(lower, upper, *pair, num_points) @ weights
-        for pair in zip(first.double().split(size), step.double().split(size), strict=True)
-    ]
-    return torch.cat(parts)
+    by_points = num_points < counts.numel()
+    per_candidate = min(num_points, counts.numel())
+    # Around 0, so that no digits are lost where the data lies far away from it.
+    centre = (edges[0] + edges[-1]).double() / 2
+    edges, first = edges.double() - centre, first.double() - centre
+    pairs = zip(*(part.double().split(max(1, _AT_ONCE // per_candidate)) for part in (first, step)), strict=True)
+    error = _Moments(edges, counts).error if by_points else _Bins(edges, counts).error
+    return torch.cat([error(some_first[:, None], some_step[:, None], num_points) for some_first, some_step in pairs])
 
 
-def _mean_errors(lower: Tensor, upper: Tensor, first: Tensor, step: Tensor, num_points: int) -> Tensor:
-    """[candidate, bin]: the mean squared distance within each bin."""
-    step = step[:, None]
-    from_point, from_distance = _nearest(lower, first[:, None], step, num_points)
-    to_point, to_distance = _nearest(upper, first[:, None], step, num_points)
-    # Between two neighbouring points the squared distance integrates to step**3 / 12.
-    cubes = (to_distance**3 - from_distance**3) / 3 + (to_point - from_point) * (step**3 / 12)
-    width = upper - lower
-    within = (from_distance**2 + from_distance * to_distance + to_distance**2) / 3
-    # A bin of almost no width that spans the middle between two points has no digits left for a quotient.
-    across = torch.where(width > 1e-6 * step, cubes / width, step**2 / 4)
-    return torch.where(from_point == to_point, within, across)
+class _Moments:
+    """Sums of 1, x and x**2 up to any point: what is between two midpoints goes to the point between them."""
+
+    def __init__(self, edges: Tensor, counts: Tensor) -> None:
+        lower, upper, width = edges[:-1], edges[1:], edges.diff()
+        weights = counts.double()
+        self.edges = edges
+        self.density = torch.where(width > 0, weights / width, torch.zeros_like(weights))
+        means = (torch.ones_like(weights), (lower + upper) / 2, (lower**2 + lower * upper + upper**2) / 3)
+        self.sums = [torch.nn.functional.pad((weights * mean).cumsum(0), (1, 0)) for mean in means]
+
+    def error(self, first: Tensor, step: Tensor, num_points: int) -> Tensor:
+        points = first + step * torch.arange(num_points, dtype=torch.float64)
+        middles = (points[:, 1:] + points[:, :-1]) / 2
+        k = (torch.searchsorted(self.edges, middles, right=True) - 1).clamp_(0, self.density.numel() - 1)
+        inside = torch.minimum(torch.maximum(middles, self.edges[0]), self.edges[-1])
+        lower, density = self.edges[k], self.density[k]
+        parts = []
+        for power, sums in enumerate(self.sums, 1):
+            upto = sums[k] + density * (inside**power - lower**power) / power
+            upto = torch.where(middles >= self.edges[-1], sums[-1], upto)
+            parts.append(torch.nn.functional.pad(upto, (1, 0)).diff(append=sums[-1:].expand(len(points), 1)))
+        return (parts[2] - 2 * points * parts[1] + points**2 * parts[0]).sum(1)
+
+
+class _Bins:
+    """The integral within each bin: for grids of more points than there are bins."""
+
+    def __init__(self, edges: Tensor, counts: Tensor) -> None:
+        full = counts > 0
+        self.lower, self.upper, self.weights = edges[:-1][full], edges[1:][full], counts[full].double()
+
+    def error(self, first: Tensor, step: Tensor, num_points: int) -> Tensor:
+        from_point, from_distance = _nearest(self.lower, first, step, num_points)
+        to_point, to_distance = _nearest(self.upper, first, step, num_points)
+        # Between two neighbouring points the squared distance integrates to step**3 / 12.
+        cubes = (to_distance**3 - from_distance**3) / 3 + (to_point - from_point) * (step**3 / 12)
+        width = self.upper - self.lower
+        within = (from_distance**2 + from_distance * to_distance + to_distance**2) / 3
+        # A bin of almost no width that spans the middle between two points has no digits left for a quotient.
+        across = torch.where(width > 1e-6 * step, cubes / width, step**2 / 4)
+        return torch.where(from_point == to_point, within, across) @ self.weights
 
 
 def _nearest(x: Tensor, first: Tensor, step: Tensor, num_points: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The range of the least expected squared quantization error."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxslim.ranges.method import HistogramMethod
+from fxslim.ranges.quantization_error import integer_grid, squared_error
+from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
+
+# First down to 1/215 of the extremes, each 16 % below the one before; then ever closer around the best.
+_COARSE = 2.0 ** (-torch.arange(32, dtype=torch.float64) / 4)
+_AROUND = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0], dtype=torch.float64)
+_REFINEMENTS = 6
+
+
+class Mse(HistogramMethod):
+    """Both ends are searched together, coarse to fine; a symmetric range has one number to search.
+
+    >>> method = Mse()
+    >>> method.observe(torch.cat([torch.linspace(-1, 1, 1_000_000), torch.tensor([3.0])]))
+    >>> [round(end.item(), 2) for end in method.range(-128, 127)]
+    [-1.0, 1.0]
+    """
+
+    name: ClassVar[str] = "mse"
+
+    def __init__(self, *, bins: int = 2048) -> None:
+        super().__init__(bins)
+
+    def _chosen(self, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        edges, counts = self.histogram.edges()
+        low, high = edges[0].clamp(max=0) + 0.0, edges[-1].clamp(min=0) + 0.0
+        if low == high:
+            return self._as_clips(low, high)
+        num_points = quant_max - quant_min + 1
+        whole = symmetric_scale(low, high, quant_min, quant_max)
+
+        def clips(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+            if symmetric:
+                return symmetric_ends(whole * up, quant_min, quant_max)
+            return (low * down, high * up) if high > 0 else (low * up, high * down)
+
+        def errors(down: Tensor, up: Tensor) -> Tensor:
+            return squared_error(edges, counts, *integer_grid(*clips(down, up), num_points), num_points)
+
+        down, up = _least(errors, both=not symmetric and bool(low < 0 < high))
+        return self._as_clips(*(end[0] for end in clips(down, up)))
+
+
+def _least(errors: Callable[[Tensor, Tensor], Tensor], both: bool) -> tuple[Tensor, Tensor]:
+    """The parts of both extremes (or of the only one) at which the error is least."""
+    one = torch.ones(1, dtype=torch.float64)
+    down, up = _pairs(_COARSE if both else one, _COARSE)
+    best = errors(down, up).argmin()
+    down, up, reach = down[best, None], up[best, None], 0.25
+    for _ in range(_REFINEMENTS):
+        near = 2.0 ** (_AROUND * reach)
+        downs, ups = _pairs((down * near).clamp(max=1) if both else one, (up * near).clamp(max=1))
+        best = errors(downs, ups).argmin()
+        down, up, reach = downs[best, None], ups[best, None], reach / 2
+    return down, up
+
+
+def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.repeat_interleave(b.numel()), b.repeat(a.numel())
