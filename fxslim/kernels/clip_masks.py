@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxslim.kernels.arguments import in_order
+from fxslim.kernels.autograd_registration import register_autograd
 
 # Multiplying eight bytes of 0 or 1 by this puts byte k into bit k of the highest byte.
 _GATHER = 0x0102040810204080
@@ -82,4 +83,4 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), None, None
 
 
-torch.library.register_autograd("fxslim::mask_gradient", _backward, setup_context=_setup)
+register_autograd("fxslim::mask_gradient", _backward, setup_context=_setup)

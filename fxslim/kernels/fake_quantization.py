@@ -16,6 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
+from fxslim.kernels.autograd_registration import register_autograd
 from fxslim.kernels.clip_masks import no_mask, pack_mask
 from fxslim.kernels.quantization_grid import quantize_on_grid
 
@@ -63,7 +64,7 @@ def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 7
 
 
-torch.library.register_autograd("fxslim::fake_quantize", _backward, setup_context=_setup)
+register_autograd("fxslim::fake_quantize", _backward, setup_context=_setup)
 
 
 def fake_quantize(

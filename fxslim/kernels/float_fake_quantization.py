@@ -16,6 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
+from fxslim.kernels.autograd_registration import register_autograd
 from fxslim.kernels.clip_masks import no_mask, pack_mask
 from fxslim.kernels.quantization_grid import along_axis, usable_scale
 
@@ -95,7 +96,7 @@ def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 7
 
 
-torch.library.register_autograd("fxslim::fake_quantize_float", _backward, setup_context=_setup)
+register_autograd("fxslim::fake_quantize_float", _backward, setup_context=_setup)
 
 
 def fake_quantize_float(x: Tensor, scale: Tensor | float, format: str, axis: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError, DtypeError
 from fxslim.kernels.arguments import as_parameter, check_input, in_order, lies_channels_last, math_dtype
+from fxslim.kernels.autograd_registration import register_autograd
 from fxslim.kernels.observation import min_max_reference
 
 MOST_BINS = 65536
@@ -62,7 +63,7 @@ def _backward(ctx, *_):  # type: ignore[no-untyped-def]
     return None, None, None, None, None
 
 
-torch.library.register_autograd("fxslim::observe_histogram", _backward, setup_context=_setup)
+register_autograd("fxslim::observe_histogram", _backward, setup_context=_setup)
 
 
 def _check_range(low: Tensor, high: Tensor) -> None:

@@ -16,6 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
+from fxslim.kernels.autograd_registration import register_autograd
 from fxslim.kernels.no_double_backward import register_once_differentiable
 from fxslim.kernels.quantization_grid import along_axis, quantize_on_grid, usable_scale
 
@@ -81,7 +82,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return *grads, *[None] * 6
 
 
-torch.library.register_autograd("fxslim::fake_quantize_learned", _backward, setup_context=_setup)
+register_autograd("fxslim::fake_quantize_learned", _backward, setup_context=_setup)
 register_once_differentiable("fake_quantize_learned")
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.kernels.arguments import check_axis, check_input, in_order, lies_channels_last, math_dtype
+from fxslim.kernels.autograd_registration import register_autograd
 
 torch.library.define("fxslim::observe_min_max", "(Tensor x, int? axis, bool channels_last) -> (Tensor, Tensor)")
 
@@ -41,7 +42,7 @@ def _backward(ctx, *_):  # type: ignore[no-untyped-def]
     return None, None, None
 
 
-torch.library.register_autograd("fxslim::observe_min_max", _backward, setup_context=_setup)
+register_autograd("fxslim::observe_min_max", _backward, setup_context=_setup)
 
 
 def observe_min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
+from fxslim.kernels.autograd_registration import register_autograd
 from fxslim.kernels.clip_masks import no_mask, pack_mask
 from fxslim.kernels.observation import min_max_reference
 from fxslim.kernels.quantization_grid import grid_from_range, quantize_on_grid
@@ -92,7 +93,7 @@ def _backward(ctx, grad: Tensor, *_):  # type: ignore[no-untyped-def]
     return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 9
 
 
-torch.library.register_autograd("fxslim::observe_fake_quantize", _backward, setup_context=_setup)
+register_autograd("fxslim::observe_fake_quantize", _backward, setup_context=_setup)
 
 
 def observe_fake_quantize(
