@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
-from fxslim.nn.quantizers.phases import Phased, is_recomputed
+from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
 from fxslim.ranges import range_method
 
@@ -157,8 +157,8 @@ class ActivationQuantizer(Phased):
         return getattr(self, "layer_name", None) or "an activation"
 
     def keep_grid(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Remember the grid of this forward."""
-        self.scale, self.zero_point = scale.detach(), zero_point.detach()
+        """Remember the grid of this forward, which carries no gradient."""
+        set_buffers(self, scale=scale, zero_point=zero_point)
 
     def extra_repr(self) -> str:
         config = self.config

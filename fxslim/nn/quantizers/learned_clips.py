@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fxslim.kernels import fake_quantize, fake_quantize_clipped
 from fxslim.nn.quantizers.activations import ActivationQuantizer
+from fxslim.nn.quantizers.phases import set_buffers
 
 # Below this a range is nothing: the epsilon of float32.
 _LEAST_RANGE = 1.192092896e-07
@@ -45,6 +46,22 @@ class UlqActivations(ActivationQuantizer):
 
     def clips(self) -> tuple[Tensor, Tensor]:
         """The clips in force."""
+        if self._are_plainly_valid():
+            low, high = self.clip_min, self.clip_max
+        else:
+            low, high = self._valid_clips()
+        if self.training:
+            set_buffers(self, last_min=low.detach().clone(), last_max=high.detach().clone())
+        return low, high
+
+    def _are_plainly_valid(self) -> bool:
+        """Where looking is free, nothing need be computed for clips that are a range."""
+        if "clip_min" not in self._parameters or self.clip_min.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        low, high = self.clip_min.item(), self.clip_max.item()
+        return low <= 0 <= high and high - low > _LEAST_RANGE
+
+    def _valid_clips(self) -> tuple[Tensor, Tensor]:
         high: Tensor = self.clip_max
         if self.symmetric:
             least, most = self.config.grid
@@ -57,8 +74,6 @@ class UlqActivations(ActivationQuantizer):
             low = self.clip_min
             some = (high - low).detach() > _LEAST_RANGE
             low, high = _valid(low, some & (low <= 0), self.last_min), _valid(high, some & (high >= 0), self.last_max)
-        if self.training:
-            self.last_min, self.last_max = low.detach().clone(), high.detach().clone()
         return low, high
 
     def on_grid(self, x: Tensor) -> Tensor:
@@ -96,7 +111,7 @@ class PactActivations(UlqActivations):
     def clips(self) -> tuple[Tensor, Tensor]:
         high = _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
         if self.training:
-            self.last_max = high.detach().clone()
+            set_buffers(self, last_max=high.detach().clone())
         return torch.zeros_like(high), high
 
     def on_grid(self, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizers whose range is observed: moving extrema in training, or what calibration found."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from fxslim.errors import CalibrationError
 from fxslim.kernels import fake_quantize, observe_fake_quantize
 from fxslim.kernels.quantization_grid import grid_from_range
 from fxslim.nn.quantizers.activations import ActivationQuantizer
-from fxslim.nn.quantizers.phases import is_recomputed
+from fxslim.nn.quantizers.phases import is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks
 
 
@@ -56,15 +58,16 @@ class MinMaxActivations(StaticActivations):
 
     def _followed(self, x: Tensor) -> Tensor:
         config = self.config
+        low, high = self.range_min, self.range_max
         y, low, high, scale, zero_point = observe_fake_quantize(
-            x, self.range_min, self.range_max, *config.grid, averaging=config.averaging, symmetric=self.symmetric
+            x, low, high, *config.grid, averaging=config.averaging, symmetric=self.symmetric
         )
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.isfinite().all():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(scale.item()):
             bad = int((~x.isfinite()).sum())
             raise CalibrationError(f"{self.described()}: {bad} of {x.numel()} entries of a batch are NaN or infinite")
         shared_low, shared_high = average_over_ranks(low, high)
         if shared_low is not low:
             scale, zero_point = grid_from_range(shared_low, shared_high, *config.grid, self.symmetric)
-        self.range_min, self.range_max = shared_low, shared_high
+        set_buffers(self, range_min=shared_low, range_max=shared_high)
         self.keep_grid(scale, zero_point)
         return y

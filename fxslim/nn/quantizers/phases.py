@@ -9,6 +9,15 @@ from torch import Tensor, nn
 _SEEN, _ENABLED, _OBSERVING = 0, 1, 2
 
 
+def set_buffers(module: nn.Module, **values: Tensor) -> None:
+    """Other tensors for buffers that exist; an attribute assignment costs many times as much."""
+    if torch.compiler.is_compiling():
+        for name, value in values.items():
+            setattr(module, name, value)
+    else:
+        module._buffers.update(values)
+
+
 def is_recomputed() -> bool:
     """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
     return torch._C._current_graph_task_id() != -1

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantizes a weight: a module between the stored weight and what the layer computes with."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError, ConfigError
-from fxslim.kernels import fake_quantize_learned, observe_fake_quantize
+from fxslim.kernels import fake_quantize_learned
+from fxslim.kernels.arguments import lies_channels_last, math_dtype
 from fxslim.nn.quant_config import WeightQuant
 from fxslim.nn.quantizers.phases import Phased, is_recomputed
 from fxslim.patterns.weight_layout import WeightLayout
@@ -82,7 +84,7 @@ class WeightQuantizer(Phased):
 
     def check_finite(self, values: Tensor) -> None:
         """On the CPU, where looking is free: NaN in a weight shows in its scale."""
-        if values.device.type == "cpu" and not torch.compiler.is_compiling() and not values.isfinite().all():
+        if values.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(values.sum().item()):
             raise CalibrationError(f"a weight has NaN or infinity: {self.described()} can't be quantized")
 
     def described(self) -> str:
@@ -105,8 +107,12 @@ class ArqWeights(WeightQuantizer):
         return y
 
     def _covered(self, rows: Tensor, axis: int | None) -> tuple[Tensor, ...]:
-        # Ranges from before are forgotten, so any will do.
-        return observe_fake_quantize(rows, 0.0, 0.0, *self.config.grid, averaging=1.0, symmetric=True, axis=axis)
+        # The operator itself: what its wrapper checks was checked with the config. Ranges from before are forgotten.
+        before = rows.new_zeros(1 if axis is None else rows.shape[axis], dtype=math_dtype(rows))
+        outputs = torch.ops.fxslim.observe_fake_quantize.default(
+            rows, before, before, *self.config.grid, 1.0, True, axis, lies_channels_last(rows), False
+        )
+        return outputs[:5]
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
