@@ -49,6 +49,7 @@ class MinMaxActivations(StaticActivations):
             return super().forward(x)
         if not (self.training and observing and seen >= self.start_step) or is_recomputed():
             return super().forward(x)
+        self._just_passed = False
         y = self._followed(x)
         if seen < self.batches_needed:
             self.batches_seen = self.batches_needed
@@ -56,6 +57,8 @@ class MinMaxActivations(StaticActivations):
 
     def _followed(self, x: Tensor) -> Tensor:
         config = self.config
+        if config.fixed_min:
+            x = x.clamp(min=0)
         y, low, high, scale, zero_point = observe_fake_quantize(
             x, self.range_min, self.range_max, *config.grid, averaging=config.averaging, symmetric=self.symmetric
         )
