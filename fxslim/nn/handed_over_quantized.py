@@ -10,6 +10,9 @@ from torch.overrides import TorchFunctionMode
 from fxslim.nn.handed_over import HandedOver
 from fxslim.nn.qat_linear import LinearQAT
 
+# The weights that a layer showed while its owner runs.
+_SHOWN = "_shown_weights"
+
 
 class HandedOverLinearQAT(HandedOver, LinearQAT):
     """``LinearQAT`` whose attribute ``weight`` shows the quantized weight.
@@ -18,9 +21,20 @@ class HandedOverLinearQAT(HandedOver, LinearQAT):
     """
 
     def computed(self, name: str = "weight") -> Tensor:
-        shown = super().computed(name)
-        self._shown = shown
-        return shown
+        weight = super().computed(name)
+        shown = self.__dict__.get(_SHOWN)
+        if shown is not None:
+            shown.append(weight)
+        return weight
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Here the input is quantized already.
+        shown = self.__dict__.pop(_SHOWN, None)
+        try:
+            return super().forward(input, *args, **kwargs)
+        finally:
+            if shown is not None:
+                self.__dict__[_SHOWN] = shown
 
 
 class _QuantizingInputs(TorchFunctionMode):
@@ -31,11 +45,15 @@ class _QuantizingInputs(TorchFunctionMode):
         self.layers = layers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) > 1:
+        kwargs = dict(kwargs or {})
+        if func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             for layer in self.layers:
-                if args[1] is getattr(layer, "_shown", None) and layer.input_quantizer is not None:
-                    args = (layer.input_quantizer(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+                quantizer, shown = layer.input_quantizer, layer.__dict__.get(_SHOWN, ())
+                if quantizer is not None and any(weight is given["weight"] for weight in shown):
+                    given["input"] = quantizer(given["input"])
+            args, kwargs = (), given
+        return func(*args, **kwargs)
 
 
 def quantize_inputs_within(owner: nn.Module) -> None:
@@ -46,6 +64,8 @@ def quantize_inputs_within(owner: nn.Module) -> None:
 
 def _enter(owner: nn.Module, args: Any) -> None:
     layers = [layer for layer in owner.children() if isinstance(layer, HandedOverLinearQAT)]
+    for layer in layers:
+        layer.__dict__[_SHOWN] = []
     mode = _QuantizingInputs(layers)
     owner.__dict__["_quantizing_inputs"] = mode
     mode.__enter__()
@@ -56,4 +76,4 @@ def _leave(owner: nn.Module, args: Any, output: Any) -> None:
     if mode is not None:
         mode.__exit__(None, None, None)
         for layer in mode.layers:
-            layer._shown = None
+            layer.__dict__.pop(_SHOWN, None)

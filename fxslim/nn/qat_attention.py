@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxslim.errors import UnsupportedLayerError
+from fxslim.errors import ConfigError, UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_attention import MaskedMultiheadAttention
 from fxslim.nn.masked_linear import MaskedLinear
@@ -59,6 +59,8 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
                 "use_nested_tensor = False"
             )
         self.check_call(query)
+        if is_causal and attn_mask is None:
+            raise ConfigError(f"{type(self).__name__}: is_causal=True says what attn_mask is: give that, too")
         batched = query.dim() == 3
         inputs = self._quantized_inputs(query, key, value)
         if not batched:
@@ -67,6 +69,7 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         elif not self.batch_first:
             inputs = [x.transpose(0, 1) for x in inputs]
         q, k, v, extra = self._heads(inputs)
+        _check_masks(q, k.shape[2] - extra, attn_mask, key_padding_mask)
         mask = self._mask(q, k, attn_mask, key_padding_mask, extra)
         outputs, weights = self._attended(q, k, v, mask, need_weights)
         outputs = self.out_proj(outputs.transpose(1, 2).flatten(2))
@@ -82,13 +85,12 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             self._modules.get("key_quantizer"),
             self._modules.get("value_quantizer"),
         ]
-        found: dict[int, Tensor] = {}
+        done: list[tuple[Tensor, Tensor]] = []
         for x, quantizer in zip((query, key, value), quantizers, strict=True):
-            if id(x) not in found:
-                found[id(x)] = x if quantizer is None else quantizer(x)
-            elif quantizer is not None:
-                found[id(x)] = quantizer.unneeded(found[id(x)])
-        return [found[id(x)] for x in (query, key, value)]
+            same = next((shown for other, shown in done if other is x), None)
+            given = x if quantizer is None or same is not None else quantizer(x)
+            done.append((x, given if quantizer is None or same is None else quantizer.unneeded(same)))
+        return [shown for _, shown in done]
 
     def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
         """Projections as (batch, heads, places, dims), and how many places were added to keys and values."""
@@ -132,6 +134,15 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         return weights @ v, weights
+
+
+def _check_masks(q: Tensor, num_keys: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
+    batch, heads, queries, _ = q.shape
+    fitting = {2: (queries, num_keys), 3: (batch * heads, queries, num_keys)}
+    if attn_mask is not None and tuple(attn_mask.shape) != fitting.get(attn_mask.dim()):
+        raise ConfigError(f"attn_mask is {tuple(attn_mask.shape)}, expected {fitting[2]} or {fitting[3]}")
+    if key_padding_mask is not None and tuple(key_padding_mask.shape) != (batch, num_keys):
+        raise ConfigError(f"key_padding_mask is {tuple(key_padding_mask.shape)}, expected {(batch, num_keys)}")
 
 
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxslim.errors import DtypeError
+from fxslim.errors import DtypeError, UnsupportedLayerError
 from fxslim.nn.masked_weights import MaskedWeights
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quantized_layers import QuantizedLayer
@@ -30,6 +30,16 @@ class EmbeddingQAT(QuantizedLayer, _ComputedEmbedding):
     """``nn.Embedding`` with a quantized table; its indices are not quantized."""
 
     float_class = nn.Embedding
+
+    def check_layer(self) -> None:
+        super().check_layer()
+        for name in ("max_norm", "sparse"):
+            value = getattr(self, name)
+            if value:
+                raise UnsupportedLayerError(
+                    f"{type(self).__name__}: {name}={value!r} is for a table that is read as it is stored: leave the "
+                    "layer in float"
+                )
 
     @classmethod
     def checked_config(cls, config: Any) -> QuantConfig:

@@ -127,7 +127,10 @@ class ActivationQuant:
 
     def _check_clips(self) -> None:
         if (self.clip_min is None) != (self.clip_max is None):
-            raise ConfigError(f"give both clips or neither, got clip_min={self.clip_min}, clip_max={self.clip_max}")
+            raise ConfigError(
+                f"give both clips or neither, got activation.clip_min={self.clip_min}, "
+                f"activation.clip_max={self.clip_max}"
+            )
         if self.clip_min is None or self.clip_max is None:
             return
         for name in ("clip_min", "clip_max"):

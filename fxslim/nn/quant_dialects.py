@@ -84,7 +84,7 @@ def _from_amct(config: Mapping[str, Any], layer_class: str) -> QuantConfig:
 
 def _part(config: Mapping[str, Any], name: str, known: tuple[str, ...]) -> dict[str, Any]:
     """One of AMCT's dicts; None means absent."""
-    part = config.get(name) or {}
+    part = {} if config.get(name) is None else config[name]
     if not isinstance(part, Mapping):
         raise ConfigError(f"{name} must be a dict, got {part!r}")
     check_keys(part, f"{name}.", known)
@@ -99,7 +99,7 @@ def _bits(part: Mapping[str, Any], path: str) -> int:
 
 
 def _amct_weight(part: dict[str, Any], layer_class: str) -> WeightQuant:
-    linear = layer_class.startswith("Linear")
+    linear = "Linear" in layer_class
     per_channel = part.get("channel_wise", not linear)
     if not isinstance(per_channel, bool):
         raise ConfigError(f"retrain_weight_config.channel_wise must be True or False, got {per_channel!r}")
@@ -121,7 +121,10 @@ def _amct_activation(part: dict[str, Any]) -> ActivationQuant:
     method = part.pop("algo", "ulq_quantize")
     if method != "ulq_quantize":
         raise ConfigError(unknown_name("retrain_data_config.algo", str(method), ["ulq_quantize"]))
-    return ActivationQuant(bits=bits, signed=True, **part)
+    try:
+        return ActivationQuant(bits=bits, signed=True, **part)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("activation.", "retrain_data_config.")) from error
 
 
 def _from_nni(config: Mapping[str, Any]) -> QuantConfig:
@@ -155,9 +158,10 @@ def _nni_value(config: Mapping[str, Any], key: str, kind: str, usual: Any) -> An
     """One value for all types, or a dict with one for each."""
     value = config.get(key, usual)
     if isinstance(value, Mapping):
-        if kind not in value:
+        found = [each for name, each in value.items() if _NNI_TYPES.get(name) == _NNI_TYPES[kind]]
+        if not found:
             raise ConfigError(f"{key} has no value for {kind!r}, which quant_types names: {dict(value)}")
-        return value[kind]
+        return found[0]
     if value is None and key == "quant_bits":
         raise ConfigError("quant_bits is missing: give a number, or a dict with one for each of quant_types")
     return value

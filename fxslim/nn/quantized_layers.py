@@ -81,8 +81,7 @@ class QuantizedLayer(MaskedWeights):
         self.quant_config = config
         for name in self.maskable:
             weight = self.stored(name)
-            made = config.weight and weight_quantizer(config.weight, layout_of(self), weight, config.start_step)
-            setattr(self, name + _SUFFIX, made)
+            setattr(self, name + _SUFFIX, self._weight_quantizer(name, weight))
         for name in self.input_names:
             setattr(self, name + _SUFFIX, self._activation_quantizer(config.activation))
         self.output_quantizer = self._activation_quantizer(config.output)
@@ -92,6 +91,15 @@ class QuantizedLayer(MaskedWeights):
         if refresh_if_due not in self._forward_pre_hooks.values():
             # Torch's fused encoder layers read plain weights, unless there is a hook.
             self.register_forward_pre_hook(refresh_if_due)
+
+    def _weight_quantizer(self, name: str, weight: Tensor) -> WeightQuantizer | None:
+        config = self.quant_config
+        if config.weight is None:
+            return None
+        try:
+            return weight_quantizer(config.weight, layout_of(self), weight, config.start_step)
+        except ConfigError as error:
+            raise ConfigError(f"{name} of this {self.float_class.__name__}: {error}") from error
 
     def _activation_quantizer(self, config: Any) -> ActivationQuantizer | None:
         if config is None:
@@ -127,6 +135,11 @@ class QuantizedLayer(MaskedWeights):
                 f"{type(self).__name__} runs inside of nn.DataParallel, whose replicas forget what quantizers learn: "
                 "use torch.nn.parallel.DistributedDataParallel"
             )
+        if input.is_nested:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} takes no nested tensors: pad them; in an nn.TransformerEncoder set "
+                "use_nested_tensor = False"
+            )
         if not input.is_floating_point():
             raise DtypeError(f"{type(self).__name__} takes floating-point inputs, got {input.dtype}")
         if self.input_dims is not None and input.dim() != self.input_dims:
@@ -151,9 +164,15 @@ class QuantizedLayer(MaskedWeights):
         return self._weight_grid()[1]
 
     def _weight_grid(self) -> tuple[Tensor, Tensor]:
-        if self.weight_quantizer is None:
+        found = [name for name in self.maskable if self._modules.get(name + _SUFFIX) is not None]
+        if not found:
             raise ConfigError(f"this {type(self).__name__} has no quantized weight: its config has weight=None")
-        return self.weight_quantizer.grid_of(self.masked())
+        if len(found) > 1:
+            raise ConfigError(
+                f"this {type(self).__name__} has the weights {', '.join(found)}: ask {found[0]}{_SUFFIX}.grid_of"
+            )
+        quantizer: Any = self._modules[found[0] + _SUFFIX]
+        return quantizer.grid_of(self.masked(found[0]))
 
 
 def strip_quantizers(layer: nn.Module) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizers: modules between a tensor and its values on a grid."""
 
+from fxslim.errors import ConfigError
 from fxslim.nn.quant_config import ActivationQuant
 from fxslim.nn.quantizers.activations import ActivationQuantizer as ActivationQuantizer
 from fxslim.nn.quantizers.activations import each_activation_quantizer as each_activation_quantizer
@@ -24,4 +25,6 @@ def activation_quantizer(config: ActivationQuant, start_step: int = 0) -> Activa
     >>> activation_quantizer(ActivationQuant(method="min_max"))
     MinMaxActivations(8 bit, min_max)
     """
+    if config.format != "int":
+        raise ConfigError(f"activation.format={config.format!r}: layers quantize to integers only, give format='int'")
     return _BY_METHOD[config.method](config, start_step)

@@ -13,6 +13,14 @@ from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
 from fxslim.ranges import range_method
 
 
+def lasting(value: Tensor) -> Tensor:
+    """A value to keep in a buffer: free of its graph, and fit for training where it was made in inference mode."""
+    if not torch.is_inference_mode_enabled():
+        return value.detach()
+    with torch.inference_mode(False):
+        return value.clone()
+
+
 class _Untouched(torch.autograd.Function):
     """The same values; parameters that are not used yet get gradients of 0, which data-parallel training waits for."""
 
@@ -41,7 +49,7 @@ class ActivationQuantizer(Phased):
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.make_states()
-        self._collecting = self._just_calibrated = False
+        self._collecting = self._just_passed = False
         self._method: Any = None
         self.batches_collected = 0
         if config.clip_min is not None and config.clip_max is not None:
@@ -82,16 +90,18 @@ class ActivationQuantizer(Phased):
             return x
         if not enabled or not x.is_floating_point():
             return x
-        if torch.compiler.is_compiling():
-            return self.on_grid(x) if seen >= self.batches_needed else x
-        again = is_recomputed()
-        # The last batch of a calibration passes unquantized when gradient checkpointing repeats it, too.
-        if seen >= self.batches_needed and not (again and self._just_calibrated):
-            self._just_calibrated = False
+        if seen >= self.batches_needed and not self._is_repeated():
             return self.on_grid(x)
-        if self.training and observing and not again:
+        if self.training and observing:
             self._calibrate(x, seen)
         return self._passed(x)
+
+    def _is_repeated(self) -> bool:
+        """Whether gradient checkpointing repeats the last batch that passed unquantized: it does so again."""
+        if torch.compiler.is_compiling() or not self._just_passed:
+            return False
+        self._just_passed = is_recomputed()
+        return self._just_passed
 
     def _passed(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and num_ranks() > 1) or torch.compiler.is_compiling():
@@ -103,13 +113,20 @@ class ActivationQuantizer(Phased):
         """x itself, for a tensor that another quantizer did already."""
         return self._passed(x)
 
+    @property
+    def _has_given_clips(self) -> bool:
+        return self.config.clip_max is not None
+
+    @torch.compiler.disable
     def _calibrate(self, x: Tensor, seen: int) -> None:
-        """A training batch before there is a range."""
+        """A training batch before there is a range. Compiled code breaks here until there is one."""
+        if is_recomputed():
+            return
         if seen >= self.start_step:
             self._observe(x)
-        if seen + 1 == self.batches_needed:
+        self._just_passed = seen + 1 == self.batches_needed
+        if self._just_passed and not self._has_given_clips:
             self.finish_calibration()
-            self._just_calibrated = True
         else:
             self.batches_seen = seen + 1
 
@@ -135,11 +152,15 @@ class ActivationQuantizer(Phased):
         """Watch forwards in any mode, unquantized, until ``finish_calibration``; what was seen before is forgotten."""
         for name, value in self._new_method().state().items():
             self.register_buffer("calibration_" + name, value.to(self.scale.device))
-        self._method, self._collecting, self.batches_collected = None, True, 0
+        self._method, self._collecting, self.batches_collected, self._just_passed = None, True, 0, False
 
     def stop_collecting(self) -> None:
         """Watch no more; the range stays what it was."""
         self._collecting, self._method = False, None
+        if self._has_given_clips:
+            # Its state dict stays that of a quantizer which never calibrates.
+            for name in self._new_method().state():
+                self._buffers.pop("calibration_" + name, None)
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
@@ -150,7 +171,8 @@ class ActivationQuantizer(Phased):
         low, high = self._method.range(*self.config.grid, symmetric=self.symmetric)
         low, high = average_over_ranks(low.float(), high.float())
         self.set_range(low.clamp(max=0), high.clamp(min=0))
-        self.batches_seen, self._method = self.batches_needed, None
+        self.batches_seen = self.batches_needed
+        self.stop_collecting()
 
     def described(self) -> str:
         """Where it is, as far as it is known here."""
@@ -158,7 +180,9 @@ class ActivationQuantizer(Phased):
 
     def keep_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Remember the grid of this forward, which carries no gradient."""
-        set_buffers(self, scale=scale, zero_point=zero_point)
+        if torch.is_inference_mode_enabled():
+            scale, zero_point = lasting(scale), lasting(zero_point)
+        set_buffers(self, scale=scale.detach(), zero_point=zero_point.detach())
 
     def extra_repr(self) -> str:
         config = self.config

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.kernels import fake_quantize, fake_quantize_clipped
+from fxslim.kernels.arguments import math_dtype
 from fxslim.nn.quantizers.activations import ActivationQuantizer
 from fxslim.nn.quantizers.phases import set_buffers
+from fxslim.nn.quantizers.straight_through import straight_through, with_scaled_gradient
 
 # Below this a range is nothing: the epsilon of float32.
 _LEAST_RANGE = 1.192092896e-07
@@ -46,32 +48,32 @@ class UlqActivations(ActivationQuantizer):
 
     def clips(self) -> tuple[Tensor, Tensor]:
         """The clips in force."""
-        if self._are_plainly_valid():
-            low, high = self.clip_min, self.clip_max
-        else:
-            low, high = self._valid_clips()
+        low, high = self._plain_clips() if self._are_plainly_valid() else self._valid_clips()
         if self.training:
             set_buffers(self, last_min=low.detach().clone(), last_max=high.detach().clone())
         return low, high
 
     def _are_plainly_valid(self) -> bool:
         """Where looking is free, nothing need be computed for clips that are a range."""
-        if "clip_min" not in self._parameters or self.clip_min.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.clip_max.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        low, high = self.clip_min.item(), self.clip_max.item()
+        low = self.clip_min.item() if "clip_min" in self._parameters else 0.0
+        high = self.clip_max.item()
         return low <= 0 <= high and high - low > _LEAST_RANGE
 
-    def _valid_clips(self) -> tuple[Tensor, Tensor]:
+    def _plain_clips(self) -> tuple[Tensor, Tensor]:
         high: Tensor = self.clip_max
         if self.symmetric:
             least, most = self.config.grid
+            return high * (least / most), high
+        return torch.zeros_like(high) if self.config.fixed_min else self.clip_min, high
+
+    def _valid_clips(self) -> tuple[Tensor, Tensor]:
+        low, high = self._plain_clips()
+        if self.symmetric or self.config.fixed_min:
             high = _valid(high, high > _LEAST_RANGE, self.last_max)
-            low = high * (least / most)
-        elif self.config.fixed_min:
-            high = _valid(high, high > _LEAST_RANGE, self.last_max)
-            low = torch.zeros_like(high)
+            low = high * (self.config.grid[0] / self.config.grid[1]) if self.symmetric else low
         else:
-            low = self.clip_min
             some = (high - low).detach() > _LEAST_RANGE
             low, high = _valid(low, some & (low <= 0), self.last_min), _valid(high, some & (high >= 0), self.last_max)
         return low, high
@@ -91,14 +93,14 @@ class LsqPlusActivations(UlqActivations):
         least, most = self.config.grid
         factor = (max(x.numel(), 1) * max(abs(most), 1)) ** -0.5
         y, scale, zero_point = fake_quantize_clipped(
-            x, _scaled_gradient(low, factor), _scaled_gradient(high, factor), least, most
+            x, with_scaled_gradient(low, factor), with_scaled_gradient(high, factor), least, most
         )
         self.keep_grid(scale, zero_point)
         return y
 
 
 class PactActivations(UlqActivations):
-    """The upper clip is learned from what it cuts off, rounding aside; the lower one is 0."""
+    """The upper clip is learned from what it cuts off, rounding aside; what is below 0 becomes 0."""
 
     def make_states(self) -> None:
         self.clip_max = nn.Parameter(torch.ones(1))
@@ -115,19 +117,18 @@ class PactActivations(UlqActivations):
         return torch.zeros_like(high), high
 
     def on_grid(self, x: Tensor) -> Tensor:
-        _, high = self.clips()
+        high = self.clips()[1].to(math_dtype(x))
         least, most = self.config.grid
-        scale = high.detach() / (most - least)
-        clipped = torch.minimum(x.relu(), high.to(x.dtype))
-        self.keep_grid(scale, torch.full_like(self.zero_point, least))
-        return fake_quantize(clipped, scale, least, least, most)
+        zero_point = 0 if self.symmetric else least
+        scale = high.detach() / (most - zero_point)
+        self.keep_grid(scale, torch.full_like(self.zero_point, zero_point))
+        rounded = fake_quantize(x.detach().relu(), scale, zero_point, least, most)
+        # In the precision of the clip: an end that is rounded to half precision may lie past the grid.
+        end = high.reshape(()).expand(x.shape)
+        through = torch.where(x.to(high.dtype) >= end, end, x.to(high.dtype).relu())
+        return straight_through(rounded, through.to(x.dtype))
 
 
 def _valid(value: Tensor, good: Tensor, last: Tensor) -> Tensor:
     """The value where it is good, else the last that was; gradients go on in both cases."""
     return torch.where(good, value, last + (value - value.detach()))
-
-
-def _scaled_gradient(value: Tensor, factor: float) -> Tensor:
-    scaled = value * factor
-    return scaled + (value - scaled).detach()

@@ -8,6 +8,8 @@ from fxslim.kernels import fake_quantize_learned
 from fxslim.kernels.quantization_grid import grid_from_range
 from fxslim.nn.quantizers.activations import ActivationQuantizer
 
+_LEAST_SCALE = 1e-12
+
 
 class LsqActivations(ActivationQuantizer):
     """``scale`` is a parameter."""
@@ -25,4 +27,10 @@ class LsqActivations(ActivationQuantizer):
         self.zero_point = torch.empty_like(self.zero_point).copy_(zero_point)
 
     def on_grid(self, x: Tensor) -> Tensor:
-        return fake_quantize_learned(x, self.scale.abs(), self.zero_point, *self.config.grid)
+        return fake_quantize_learned(x, positive(self.scale), self.zero_point, *self.config.grid)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A learned scale that an optimizer pushed below 0 counts by its magnitude; at 0 it is tiny, and can grow."""
+    magnitude = scale.abs()
+    return torch.where(magnitude > _LEAST_SCALE, magnitude, scale - scale.detach() + _LEAST_SCALE)

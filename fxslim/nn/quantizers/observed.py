@@ -51,17 +51,22 @@ class MinMaxActivations(StaticActivations):
             return super().forward(x)
         if not (self.training and observing and seen >= self.start_step) or is_recomputed():
             return super().forward(x)
+        self._just_passed = False
         y = self._followed(x)
         if seen < self.batches_needed:
             self.batches_seen = self.batches_needed
         return y
 
+    def _observed(self, x: Tensor) -> tuple[Tensor, ...]:
+        config, low, high = self.config, self.range_min, self.range_max
+        averaging, symmetric = config.averaging, self.symmetric
+        return observe_fake_quantize(x, low, high, *config.grid, averaging=averaging, symmetric=symmetric)
+
     def _followed(self, x: Tensor) -> Tensor:
         config = self.config
-        low, high = self.range_min, self.range_max
-        y, low, high, scale, zero_point = observe_fake_quantize(
-            x, low, high, *config.grid, averaging=config.averaging, symmetric=self.symmetric
-        )
+        y, low, high, scale, zero_point = self._observed(x)
+        if config.fixed_min and (x.device.type != "cpu" or torch.compiler.is_compiling() or low.item() < 0):
+            y, low, high, scale, zero_point = self._observed(x.clamp(min=0))
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(scale.item()):
             bad = int((~x.isfinite()).sum())
             raise CalibrationError(f"{self.described()}: {bad} of {x.numel()} entries of a batch are NaN or infinite")

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 _SEEN, _ENABLED, _OBSERVING = 0, 1, 2
+# Numbers are kept in such parts: averages of models cut whole numbers off below the next one, which must not matter.
+_PART = 1 << 20
 
 
 def set_buffers(module: nn.Module, **values: Tensor) -> None:
@@ -33,7 +35,7 @@ class Phased(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("phase", torch.tensor([0, 1, 1]))
+        self.register_buffer("phase", torch.tensor([0, _PART, _PART]))
         self._read: tuple[Tensor, int, tuple[int, ...]] = (self.phase, 0, (0, 1, 1))
 
     def read_phase(self) -> tuple[int, ...]:
@@ -52,12 +54,13 @@ class Phased(nn.Module):
         """Look at the buffer again: state that was loaded is known before anything is compiled or exported."""
         if not self.phase.is_meta:
             version = -1 if self.phase.is_inference() else self.phase._version
-            self._read = self.phase, version, tuple(self.phase.tolist())
+            self._read = self.phase, version, tuple((n + _PART // 2) // _PART for n in self.phase.tolist())
 
+    @torch.compiler.disable
     def _write_phase(self, place: int, value: int) -> None:
         with torch.no_grad(), torch.inference_mode(False):
             phase = self.phase.clone()
-            phase[place] = value
+            phase[place] = value * _PART
             self.phase = phase
         self.reread()
 

@@ -11,7 +11,9 @@ from fxslim.errors import CalibrationError, ConfigError
 from fxslim.kernels import fake_quantize_learned
 from fxslim.kernels.arguments import lies_channels_last, math_dtype
 from fxslim.nn.quant_config import WeightQuant
+from fxslim.nn.quantizers.learned_scale import positive
 from fxslim.nn.quantizers.phases import Phased, is_recomputed
+from fxslim.nn.quantizers.straight_through import straight_through
 from fxslim.patterns.weight_layout import WeightLayout
 
 
@@ -21,6 +23,7 @@ class WeightQuantizer(Phased):
     def __init__(self, config: WeightQuant, layout: WeightLayout, start_step: int = 0) -> None:
         super().__init__()
         self.config, self.layout, self.start_step = config, layout, start_step
+        self._just_passed = False
 
     def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
         """How many scales the weight has: one, one per output, or outputs x groups."""
@@ -42,6 +45,7 @@ class WeightQuantizer(Phased):
         """The weight as it will be after quantization, straight through for gradients."""
         if not self._is_on():
             return weight
+        self.check_finite(weight)
         return self._by_rows(weight, self.quantized)
 
     def _is_on(self) -> bool:
@@ -49,10 +53,23 @@ class WeightQuantizer(Phased):
         if not enabled:
             return False
         if seen >= self.start_step:
-            return True
-        if self.training and not torch.compiler.is_compiling() and not is_recomputed():
-            self.batches_seen = seen + 1
+            return not self._is_repeated()
+        if self.training:
+            self._count(seen)
         return False
+
+    def _is_repeated(self) -> bool:
+        """Whether gradient checkpointing repeats the last batch that passed unquantized: it does so again."""
+        if torch.compiler.is_compiling() or not self._just_passed:
+            return False
+        self._just_passed = is_recomputed()
+        return self._just_passed
+
+    @torch.compiler.disable
+    def _count(self, seen: int) -> None:
+        if not is_recomputed():
+            self.batches_seen = seen + 1
+            self._just_passed = seen + 1 == self.start_step
 
     def _by_rows(self, weight: Tensor, change: Any) -> Tensor:
         """``change(rows, axis)``, where each entry of the axis has a scale of its own."""
@@ -83,13 +100,19 @@ class WeightQuantizer(Phased):
         self.scale_shape(weight)
 
     def check_finite(self, values: Tensor) -> None:
-        """On the CPU, where looking is free: NaN in a weight shows in its scale."""
-        if values.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(values.sum().item()):
-            raise CalibrationError(f"a weight has NaN or infinity: {self.described()} can't be quantized")
+        """On the CPU, where no device is waited for."""
+        if values.device.type != "cpu" or torch.compiler.is_compiling() or _is_finite(values):
+            return
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            raise CalibrationError(
+                f"{self.described()}: {bad} of {values.numel()} entries of {tuple(values.shape)} are NaN or infinite, "
+                "and can't be quantized: look at the last step of training"
+            )
 
     def described(self) -> str:
         """The layer, as far as it is known here."""
-        return getattr(self, "layer_name", None) or "the layer"
+        return getattr(self, "layer_name", None) or "a weight"
 
     def extra_repr(self) -> str:
         config = self.config
@@ -98,12 +121,21 @@ class WeightQuantizer(Phased):
         return f"{kind}, per {config.granularity}{size}"
 
 
+def _is_finite(values: Tensor) -> bool:
+    """For certain: what is not shows in the sum."""
+    return math.isfinite(values.detach().sum().item())
+
+
 class ArqWeights(WeightQuantizer):
     """The scale of each forward covers the weight as it is: nothing is clipped, nothing is kept."""
 
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._by_rows(weight, self.quantized) if self._is_on() else weight
+
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
         y, _, _, scale, _ = self._covered(rows, axis)
-        self.check_finite(scale)
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_finite(scale):
+            self.check_finite(rows)
         return y
 
     def _covered(self, rows: Tensor, axis: int | None) -> tuple[Tensor, ...]:
@@ -151,36 +183,44 @@ class LsqWeights(WeightQuantizer):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Cover the weight as it is."""
+        self.check_finite(weight)
         scale, _ = ArqWeights(self.config, self.layout).grid_of(weight)
-        self.check_finite(scale)
         self.scale.copy_(scale)
         self.is_started.fill_(True)
         self._started = True
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not self._started and not weight.is_meta:
-            self.reread()
-            if not self._started:
-                self.start(weight)
+        if not self._started:
+            self._start_once(weight)
         return super().forward(weight)
 
+    @torch.compiler.disable
+    def _start_once(self, weight: Tensor) -> None:
+        if weight.is_meta:
+            return
+        self.reread()
+        if not self._started:
+            self.start(weight)
+
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
-        return fake_quantize_learned(rows, self.scale, 0, *self.config.grid, axis=axis)
+        return fake_quantize_learned(rows, positive(self.scale), 0, *self.config.grid, axis=axis)
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale.detach()
+        if not self._started:
+            self._start_once(weight.detach())
+        scale = positive(self.scale.detach())
         return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
 class DorefaWeights(WeightQuantizer):
-    """tanh brings the weight to [-1, 1], where it is rounded to ``2 ** bits`` equal steps."""
+    """tanh brings the weight to [-1, 1], where it is rounded to ``2 ** bits`` equal steps. 0, of a mask, stays 0."""
 
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
         squashed = rows.tanh()
         unit = squashed / (2 * squashed.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)) + 0.5
         steps = (1 << self.config.bits) - 1
-        rounded = unit + (torch.round(unit * steps) / steps - unit).detach()
-        return 2 * rounded - 1
+        values = torch.round(unit * steps) / steps * 2 - 1
+        return straight_through(torch.where(rows == 0, 0, values), 2 * unit - 1)
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         steps = (1 << self.config.bits) - 1
@@ -189,17 +229,20 @@ class DorefaWeights(WeightQuantizer):
 
 
 class BinaryWeights(WeightQuantizer):
-    """The sign of each entry times the mean magnitude of its row; gradients pass where entries lie in [-1, 1]."""
+    """The sign of each entry times the mean magnitude of its row; gradients pass where entries lie in [-1, 1].
+
+    Zeros, of a mask, stay zeros and do not count in the mean.
+    """
 
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
         scale = self._scale(rows, axis)
-        signs = torch.where(rows >= 0, scale, -scale)
-        inside = rows.clamp(-1, 1)
-        return inside + (signs - inside).detach()
+        return straight_through(rows.sign() * scale, rows.clamp(-1, 1))
 
     def _scale(self, rows: Tensor, axis: int | None) -> Tensor:
         others = [d for d in range(rows.dim()) if d != axis]
-        return rows.detach().abs().mean(others, keepdim=True)
+        rows = rows.detach()
+        total = rows.abs().sum(others, keepdim=True, dtype=math_dtype(rows))
+        return (total / (rows != 0).sum(others, keepdim=True).clamp(min=1)).to(rows.dtype)
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
@@ -219,6 +262,8 @@ _BY_METHOD: dict[str, type[WeightQuantizer]] = {
 
 def weight_quantizer(config: WeightQuant, layout: WeightLayout, weight: Tensor, start_step: int = 0) -> WeightQuantizer:
     """The quantizer that a config asks for, ready for this weight."""
+    if config.format != "int":
+        raise ConfigError(f"weight.format={config.format!r}: layers quantize to integers only, give format='int'")
     made = _BY_METHOD[config.method](config, layout, start_step)
     made.to(weight.device)
     made.attach(weight)
