@@ -158,13 +158,15 @@ class ActivationQuant:
 class QuantConfig:
     """What of a layer is quantized, and how; None is left in float.
 
-    ``start_step``: training batches that pass before anything is quantized.
+    ``start_step``: training batches that pass before anything is quantized. ``save_memory``: quantized weights are not
+    kept for the backward, but made again there.
     """
 
     weight: WeightQuant | None = WeightQuant()
     activation: ActivationQuant | None = ActivationQuant()
     output: ActivationQuant | None = None
     start_step: int = 0
+    save_memory: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("weight", WeightQuant), ("activation", ActivationQuant), ("output", ActivationQuant)):
@@ -172,6 +174,7 @@ class QuantConfig:
             if value is not None and not isinstance(value, kind):
                 raise ConfigError(f"{name} must be a {kind.__name__} or None, got {value!r}")
         _check_whole(self.start_step, "start_step", 0)
+        _check_flag(self.save_memory, "save_memory")
 
     @property
     def is_empty(self) -> bool:

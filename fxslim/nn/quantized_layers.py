@@ -7,14 +7,17 @@ layer has one, is put on first.
 
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
+from fxslim.nn.norm_folding import folded_scale
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quant_dialects import as_quant_config
 from fxslim.nn.quantizers import ActivationQuantizer, Phased, WeightQuantizer, activation_quantizer, weight_quantizer
+from fxslim.nn.remade_weights import note_made, weights_made_again
 from fxslim.patterns.weight_layout import layout_of
 
 _SUFFIX = "_quantizer"
@@ -118,14 +121,29 @@ class QuantizedLayer(MaskedWeights):
     def computed(self, name: str = "weight") -> Tensor:
         weight = self.masked(name)
         quantizer = self._modules.get(name + _SUFFIX)
-        return weight if quantizer is None else quantizer(weight)
+        if quantizer is None:
+            return weight
+        folded = self.__dict__.get("_folded")
+        result = quantizer(weight) if folded is None else quantizer(weight, folded_scale(folded[0]))
+        if result is not weight:
+            note_made(self, name, result)
+        return result
+
+    def fold(self, norm: nn.Module) -> None:
+        """Quantize the weight as it will be when this batch norm is folded into it; the norm stays where it is."""
+        # In a tuple, so that it is no submodule.
+        self._folded = (norm,)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's, between the quantizers."""
         self.check_call(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        output = super().forward(input, *args, **kwargs)
+        if self.quant_config.save_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with weights_made_again(self):
+                output = super().forward(input, *args, **kwargs)
+        else:
+            output = super().forward(input, *args, **kwargs)
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def check_call(self, input: Tensor) -> None:
@@ -181,6 +199,7 @@ def strip_quantizers(layer: nn.Module) -> None:
         layer._modules.pop(name, None)
         layer.__dict__.pop(name, None)
     layer.__dict__.pop("quant_config", None)
+    layer.__dict__.pop("_folded", None)
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
         del hooks[key]

@@ -61,6 +61,15 @@ class Dataflow:
             node = node.args[0]
             yield node
 
+    def norm_behind(self, call: ModuleCall) -> str | None:
+        """The batch norm that alone reads what a module gave, where both are called once."""
+        node = call.outputs[0] if len(call.outputs) == 1 else None
+        readers = [] if node is None else _readers(node)
+        if len(readers) != 1 or operator_of(readers[0]) not in _NORMS or readers[0].args[0] is not node:
+            return None
+        name = str(readers[0].meta.get("module") or "")
+        return name if name and self.calls_of[name] == 1 and self.calls_of[call.name] == 1 else None
+
     def is_product(self, node: fx.Node) -> bool:
         """Whether a layer's arithmetic gave it, at once or moved."""
         return operator_of(self.source(node)) in _PRODUCTS

@@ -33,15 +33,18 @@ def plan_quantization(
     overrides: Mapping[str | type, Any] | None = None,
     first: Any = None,
     last: Any = None,
+    fold_batch_norms: bool = False,
+    freeze_after: int | None = None,
     example_inputs: Any = None,
 ) -> QuantizationPlan:
     """Decide what is quantized, and where; the model is not touched (docs/quantization.md).
 
     ``config``: a ``QuantConfig``, a name such as "int8" or "w4a8", a dict of AMCT's or NNI's, or a list of NNI's
     entries. ``target``: onnxruntime, tensorrt, openvino or ascend; it decides the grids of activations. ``overrides``:
-    {layer: config, or "float"}; ``first``, ``last``: the same for the first and the last layer. With
-    ``example_inputs`` sums, pools and outputs get the quantizers that the target computes with; without, each layer
-    quantizes its own input.
+    {layer: config, or "float"}; ``first``, ``last``: the same for the first and the last layer.
+    ``fold_batch_norms``: weights are quantized as they will be with the norm behind them folded in, and norms freeze
+    after ``freeze_after`` batches. With ``example_inputs`` sums, pools and outputs get the quantizers that the target
+    computes with; without, each layer quantizes its own input.
     """
     chosen = as_target(target)
     refuse_wrapped(model)
@@ -58,6 +61,7 @@ def plan_quantization(
     kept, notes = _possible(found, configs, flows, named)
     if not kept:
         raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
+    folds = _folds(model, flows, kept, configs) if _may_fold(fold_batch_norms, freeze_after, examples) else {}
     placed = _Placed(kept, {name: configs[name] for name in kept})
     if flows and placed.general is not None:
         placed.take(
@@ -70,6 +74,8 @@ def plan_quantization(
         outputs=outputs,
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         target=chosen.name,
+        folds=folds,
+        freeze_after=freeze_after,
         start_step=max(config.start_step for config in placed.configs.values()),
         notes=(*notes, *placed.notes),
         inputs=examples,
@@ -86,6 +92,36 @@ def prepare_qat(
     ArqWeights(4 bit, per channel)
     """
     return plan_quantization(model, config, **wishes).apply(model, optimizer=optimizer)
+
+
+def _may_fold(wanted: bool, freeze_after: int | None, examples: tuple[Any, ...]) -> bool:
+    if freeze_after is not None and (not wanted or isinstance(freeze_after, bool) or freeze_after < 0):
+        raise ConfigError(f"freeze_after={freeze_after} is a number of batches, and needs fold_batch_norms=True")
+    if wanted and not examples:
+        raise ConfigError(
+            "fold_batch_norms=True needs example_inputs=: a forward tells which norm is behind which layer"
+        )
+    return wanted
+
+
+def _folds(
+    model: nn.Module, flows: list[Dataflow], kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
+) -> dict[str, str]:
+    """{convolution: the batch norm behind it}; grids of their weights get two equal sides."""
+    found = {}
+    for call in flows[0].recording.calls:
+        norm = flows[0].norm_behind(call) if call.name in kept else None
+        config = configs.get(call.name)
+        if norm is None or config is None or config.weight is None:
+            continue
+        if (
+            isinstance(kept[call.name].module, nn.modules.conv._ConvNd)
+            and model.get_submodule(norm).track_running_stats
+        ):
+            found[call.name] = norm
+            if config.weight.method in ("arq", "lsq") and config.weight.format == "int":
+                configs[call.name] = replace(config, weight=replace(config.weight, narrow=True))
+    return found
 
 
 def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.nn import ActivationQuant, QuantConfig
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
 from fxslim.plan.file_writing import write_file
-from fxslim.quantization.quantized_models import add_to_optimizer, quantize_layers, quantize_outputs
+from fxslim.quantization.quantized_models import add_to_optimizer, fold_norms, quantize_layers, quantize_outputs
 from fxslim.quantization.targets import as_target
 from fxslim.quantization.trial import try_quantized
 
@@ -46,6 +46,9 @@ class QuantizationPlan:
     shapes: Mapping[str, tuple[int, ...]]
     target: str
     start_step: int = 0
+    # Batch norms that are folded into the convolution before, {convolution: norm}, and when they freeze.
+    folds: Mapping[str, str] = field(default_factory=dict)
+    freeze_after: int | None = None
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -78,6 +81,8 @@ class QuantizationPlan:
             layers = [replace(one, name=module_in(model, one.name), user=_in(model, one.user)) for one in self.layers]
             quantize_layers(model, layers, changes)
             quantize_outputs(model, {module_in(model, k): v for k, v in self.outputs.items()}, self.start_step, changes)
+            folds = {module_in(model, k): module_in(model, v) for k, v in self.folds.items()}
+            fold_norms(model, folds, self.freeze_after, changes)
             if values:
                 try_quantized(model, self.inputs)
         added = [parameter for parameter in model.parameters() if id(parameter) not in before]
@@ -100,6 +105,8 @@ class QuantizationPlan:
             "outputs": {name: asdict(config) for name, config in self.outputs.items()},
             "target": self.target,
             "start_step": self.start_step,
+            "folds": dict(self.folds),
+            "freeze_after": self.freeze_after,
             "notes": list(self.notes),
         }
 
@@ -125,6 +132,8 @@ class QuantizationPlan:
                 shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
                 target=as_target(data["target"]).name,
                 start_step=int(data["start_step"]),
+                folds={str(conv): str(norm) for conv, norm in data.get("folds", {}).items()},
+                freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
                 notes=tuple(map(str, data["notes"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,6 +148,9 @@ class QuantizationPlan:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         count = sum(one.config.weight is not None for one in self.layers)
+        if self.folds:
+            later = "" if self.freeze_after is None else f", frozen after {self.freeze_after} batches"
+            lines.append(f"{len(self.folds)} batch norms are folded into the weights before quantization{later}")
         lines.append(f"{count} weights and {self.num_activations} activations are quantized for {self.target}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

@@ -12,6 +12,7 @@ from fxslim.errors import PlanError
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import ActivationQuant, HandedOverLinearQAT, QuantizedLayer
 from fxslim.nn.handed_over_quantized import quantize_inputs_within
+from fxslim.nn.norm_folding import freeze_later
 from fxslim.nn.placed_quantizers import place_output_quantizer
 from fxslim.nn.quantizers import Phased
 from fxslim.quantization.quantizable_layers import COUNTERPARTS
@@ -54,6 +55,18 @@ def quantize_outputs(
         module = model.get_submodule(name)
         remember_states(module, changes)
         place_output_quantizer(module, config, start_step, name or "the model")
+
+
+def fold_norms(model: nn.Module, folds: Mapping[str, str], freeze_after: int | None, changes: Changes) -> None:
+    """Convolutions that quantize their weight as it will be when the norm behind them is folded in."""
+    for name, norm_name in folds.items():
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        if not isinstance(layer, QuantizedLayer):
+            raise PlanError(f"{name} is a {type(layer).__name__}, into which {norm_name} can't be folded")
+        layer.fold(norm)
+        if freeze_after is not None:
+            remember_states(norm, changes)
+            freeze_later(norm, freeze_after)
 
 
 def remember_states(module: nn.Module, changes: Changes) -> None:

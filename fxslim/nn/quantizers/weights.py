@@ -41,12 +41,36 @@ class WeightQuantizer(Phased):
             )
         return (rows.shape[0] * (rows.shape[1] // size),)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight as it will be after quantization, straight through for gradients."""
+    def forward(self, weight: Tensor, folded: Tensor | None = None) -> Tensor:
+        """The weight as it will be after quantization, straight through for gradients.
+
+        ``folded``: what each output channel will be multiplied with before; the result is divided by it again.
+        """
+        scale = None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
+        given = weight if scale is None else weight * scale
+        self.start_if_due(given)
         if not self._is_on():
             return weight
+        self.look_at(given)
+        result = self._by_rows(given, self.quantized)
+        return result if scale is None else result / scale
+
+    @property
+    def minds_no_folding(self) -> bool:
+        """Whether factors of output channels change no integer: one scale each, on a grid with two equal sides."""
+        config = self.config
+        return config.granularity != "tensor" and config.narrow and config.method in ("arq", "lsq")
+
+    def _along_outputs(self, values: Tensor, weight: Tensor) -> Tensor:
+        rows = values.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
+        return self.layout.restored(rows.expand(self.layout.rows(weight).shape)) if self.layout.transposed else rows
+
+    def start_if_due(self, weight: Tensor) -> None:
+        """Where something is learned, it starts from the first weight that is seen."""
+
+    def look_at(self, weight: Tensor) -> None:
+        """Refuse what can't be quantized."""
         self.check_finite(weight)
-        return self._by_rows(weight, self.quantized)
 
     def _is_on(self) -> bool:
         seen, enabled, _ = self.read_phase()
@@ -129,8 +153,8 @@ def _is_finite(values: Tensor) -> bool:
 class ArqWeights(WeightQuantizer):
     """The scale of each forward covers the weight as it is: nothing is clipped, nothing is kept."""
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return self._by_rows(weight, self.quantized) if self._is_on() else weight
+    def look_at(self, weight: Tensor) -> None:
+        """Its scales will tell."""
 
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
         y, _, _, scale, _ = self._covered(rows, axis)
@@ -189,10 +213,9 @@ class LsqWeights(WeightQuantizer):
         self.is_started.fill_(True)
         self._started = True
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def start_if_due(self, weight: Tensor) -> None:
         if not self._started:
             self._start_once(weight)
-        return super().forward(weight)
 
     @torch.compiler.disable
     def _start_once(self, weight: Tensor) -> None:
