@@ -136,6 +136,7 @@ class ActivationQuantizer(Phased):
             options["averaging"] = self.config.averaging
         return range_method(self.config.calibration, **options)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         method = self._new_method()
@@ -148,6 +149,7 @@ class ActivationQuantizer(Phased):
             setattr(self, "calibration_" + name, value)
         self._method = method
 
+    @torch.inference_mode(False)
     def start_collecting(self) -> None:
         """Watch forwards in any mode, unquantized, until ``finish_calibration``; what was seen before is forgotten."""
         for name, value in self._new_method().state().items():
@@ -162,6 +164,7 @@ class ActivationQuantizer(Phased):
             for name in self._new_method().state():
                 self._buffers.pop("calibration_" + name, None)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def finish_calibration(self) -> None:
         """Choose the range from what was seen, the same on all ranks."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fxslim.kernels import fake_quantize, fake_quantize_clipped
 from fxslim.kernels.arguments import math_dtype
-from fxslim.nn.quantizers.activations import ActivationQuantizer
+from fxslim.nn.quantizers.activations import ActivationQuantizer, lasting
 from fxslim.nn.quantizers.straight_through import straight_through, with_scaled_gradient
 
 # Below this a range is nothing: the epsilon of float32.
@@ -60,7 +60,7 @@ class UlqActivations(ActivationQuantizer):
             some = (high - low).detach() > _LEAST_RANGE
             low, high = _valid(low, some & (low <= 0), self.last_min), _valid(high, some & (high >= 0), self.last_max)
         if self.training:
-            self.last_min, self.last_max = low.detach().clone(), high.detach().clone()
+            self.last_min, self.last_max = lasting(low.clone()), lasting(high.clone())
         return low, high
 
     def on_grid(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class PactActivations(UlqActivations):
     def clips(self) -> tuple[Tensor, Tensor]:
         high = _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
         if self.training:
-            self.last_max = high.detach().clone()
+            self.last_max = lasting(high.clone())
         return torch.zeros_like(high), high
 
     def on_grid(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from fxslim.errors import CalibrationError
 from fxslim.kernels import fake_quantize, observe_fake_quantize
 from fxslim.kernels.quantization_grid import grid_from_range
-from fxslim.nn.quantizers.activations import ActivationQuantizer
+from fxslim.nn.quantizers.activations import ActivationQuantizer, lasting
 from fxslim.nn.quantizers.phases import is_recomputed
 from fxslim.nn.quantizers.rank_average import average_over_ranks
 
@@ -68,6 +68,6 @@ class MinMaxActivations(StaticActivations):
         shared_low, shared_high = average_over_ranks(low, high)
         if shared_low is not low:
             scale, zero_point = grid_from_range(shared_low, shared_high, *config.grid, self.symmetric)
-        self.range_min, self.range_max = shared_low, shared_high
+        self.range_min, self.range_max = lasting(shared_low), lasting(shared_high)
         self.keep_grid(scale, zero_point)
         return y
