@@ -70,8 +70,13 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             inputs = [x.transpose(0, 1) for x in inputs]
         q, k, v, extra = self._heads(inputs)
         _check_masks(q, k.shape[2] - extra, attn_mask, key_padding_mask)
-        mask = self._mask(q, k, attn_mask, key_padding_mask, extra)
-        outputs, weights = self._attended(q, k, v, mask, need_weights)
+        if is_causal and key_padding_mask is None and not need_weights:
+            # As the plain layer: the hint stands for the mask, so that added places, the last ones, are not seen.
+            dropout = self.dropout if self.training else 0.0
+            outputs, weights = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True), None
+        else:
+            mask = self._mask(q, k, attn_mask, key_padding_mask, extra)
+            outputs, weights = self._attended(q, k, v, mask, need_weights)
         outputs = self.out_proj(outputs.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a layer is quantized: one frozen config for its weight, its input and its output."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -135,7 +136,7 @@ class ActivationQuant:
             return
         for name in ("clip_min", "clip_max"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) == float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"activation.{name} must be a finite number or None, got {value!r}")
         at_zero = self.fixed_min and self.clip_min == 0
         if not (self.clip_min < 0 or at_zero):
@@ -197,12 +198,21 @@ class QuantConfig:
         for name, kind in (("weight", WeightQuant), ("activation", ActivationQuant), ("output", ActivationQuant)):
             if isinstance(parts.get(name), Mapping):
                 check_keys(parts[name], f"{name}.", _names(kind))
-                parts[name] = kind(**parts[name])
+                parts[name] = at_path(name, kind, parts[name])
         return cls(**parts)
 
 
 def _names(kind: Any) -> list[str]:
     return [field.name for field in fields(kind)]
+
+
+def at_path(path: str, kind: Any, values: Mapping[str, Any]) -> Any:
+    """A ``kind`` of these values; errors name the keys as they are written at ``path``."""
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        own = "weight." if kind is WeightQuant else "activation."
+        raise ConfigError(str(error).replace(own, f"{path}.")) from error
 
 
 def check_keys(data: Mapping[str, Any], path: str, known: Iterable[str]) -> None:

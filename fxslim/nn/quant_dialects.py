@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxslim.errors import ConfigError, unknown_name
-from fxslim.nn.quant_config import ActivationQuant, QuantConfig, WeightQuant, check_keys
+from fxslim.nn.quant_config import ActivationQuant, QuantConfig, WeightQuant, at_path, check_keys
 
 # AMCT's keys, as its users write them.
 _AMCT = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
@@ -121,10 +121,7 @@ def _amct_activation(part: dict[str, Any]) -> ActivationQuant:
     method = part.pop("algo", "ulq_quantize")
     if method != "ulq_quantize":
         raise ConfigError(unknown_name("retrain_data_config.algo", str(method), ["ulq_quantize"]))
-    try:
-        return ActivationQuant(bits=bits, signed=True, **part)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("activation.", "retrain_data_config.")) from error
+    return at_path("retrain_data_config", ActivationQuant, {"bits": bits, "signed": True, **part})
 
 
 def _from_nni(config: Mapping[str, Any]) -> QuantConfig:
@@ -148,9 +145,8 @@ def _from_nni(config: Mapping[str, Any]) -> QuantConfig:
         if dtype not in ("int", "uint"):
             raise ConfigError(unknown_name("quant_dtype", str(dtype), ["int", "uint"]))
         symmetric = scheme is not None and scheme.endswith("symmetric")
-        parts[part] = ActivationQuant(
-            bits=bits, method="min_max", symmetric=symmetric, signed=dtype == "int" or symmetric
-        )
+        said = {"bits": bits, "method": "min_max", "symmetric": symmetric, "signed": dtype == "int" or symmetric}
+        parts[part] = at_path(part, ActivationQuant, said)
     return QuantConfig(start_step=config.get("quant_start_step", 0), **parts)
 
 

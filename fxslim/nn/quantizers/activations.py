@@ -13,14 +13,6 @@ from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
 from fxslim.ranges import range_method
 
 
-def lasting(value: Tensor) -> Tensor:
-    """A value to keep in a buffer: free of its graph, and fit for training where it was made in inference mode."""
-    if not torch.is_inference_mode_enabled():
-        return value.detach()
-    with torch.inference_mode(False):
-        return value.clone()
-
-
 class _Untouched(torch.autograd.Function):
     """The same values; parameters that are not used yet get gradients of 0, which data-parallel training waits for."""
 
@@ -136,6 +128,7 @@ class ActivationQuantizer(Phased):
             options["averaging"] = self.config.averaging
         return range_method(self.config.calibration, **options)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         method = self._new_method()
@@ -148,6 +141,7 @@ class ActivationQuantizer(Phased):
             setattr(self, "calibration_" + name, value)
         self._method = method
 
+    @torch.inference_mode(False)
     def start_collecting(self) -> None:
         """Watch forwards in any mode, unquantized, until ``finish_calibration``; what was seen before is forgotten."""
         for name, value in self._new_method().state().items():
@@ -162,6 +156,7 @@ class ActivationQuantizer(Phased):
             for name in self._new_method().state():
                 self._buffers.pop("calibration_" + name, None)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def finish_calibration(self) -> None:
         """Choose the range from what was seen, the same on all ranks."""
@@ -180,9 +175,7 @@ class ActivationQuantizer(Phased):
 
     def keep_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Remember the grid of this forward, which carries no gradient."""
-        if torch.is_inference_mode_enabled():
-            scale, zero_point = lasting(scale), lasting(zero_point)
-        set_buffers(self, scale=scale.detach(), zero_point=zero_point.detach())
+        set_buffers(self, scale=scale, zero_point=zero_point)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -50,7 +50,7 @@ class UlqActivations(ActivationQuantizer):
         """The clips in force."""
         low, high = self._plain_clips() if self._are_plainly_valid() else self._valid_clips()
         if self.training:
-            set_buffers(self, last_min=low.detach().clone(), last_max=high.detach().clone())
+            set_buffers(self, last_min=low.clone(), last_max=high.clone())
         return low, high
 
     def _are_plainly_valid(self) -> bool:
@@ -113,7 +113,7 @@ class PactActivations(UlqActivations):
     def clips(self) -> tuple[Tensor, Tensor]:
         high = _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
         if self.training:
-            set_buffers(self, last_max=high.detach().clone())
+            set_buffers(self, last_max=high.clone())
         return torch.zeros_like(high), high
 
     def on_grid(self, x: Tensor) -> Tensor:

@@ -11,13 +11,22 @@ _SEEN, _ENABLED, _OBSERVING = 0, 1, 2
 _PART = 1 << 20
 
 
+def lasting(value: Tensor) -> Tensor:
+    """A value to keep in a buffer: free of its graph, and fit for training where it was made in inference mode."""
+    if not torch.is_inference_mode_enabled():
+        return value.detach()
+    with torch.inference_mode(False):
+        return value.clone()
+
+
 def set_buffers(module: nn.Module, **values: Tensor) -> None:
     """Other tensors for buffers that exist; an attribute assignment costs many times as much."""
+    kept = {name: lasting(value) for name, value in values.items()}
     if torch.compiler.is_compiling():
-        for name, value in values.items():
+        for name, value in kept.items():
             setattr(module, name, value)
     else:
-        module._buffers.update(values)
+        module._buffers.update(kept)
 
 
 def is_recomputed() -> bool:
