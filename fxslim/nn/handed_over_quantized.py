@@ -19,7 +19,8 @@ class HandedOverLinearQAT(HandedOver, LinearQAT):
 
     def computed(self, name: str = "weight") -> Tensor:
         shown = super().computed(name)
-        self._shown = shown
+        # The parameter itself, where it is not quantized now, must not become a second parameter.
+        self.__dict__["_shown"] = shown
         return shown
 
 
@@ -56,4 +57,4 @@ def _leave(owner: nn.Module, args: Any, output: Any) -> None:
     if mode is not None:
         mode.__exit__(None, None, None)
         for layer in mode.layers:
-            layer._shown = None
+            layer.__dict__.pop("_shown", None)
