@@ -87,7 +87,7 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             if id(x) not in found:
                 found[id(x)] = x if quantizer is None else quantizer(x)
             elif quantizer is not None:
-                found[id(x)] = quantizer.unneeded(found[id(x)])
+                found[id(x)] = quantizer.unneeded(x, found[id(x)])
         return [found[id(x)] for x in (query, key, value)]
 
     def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
