@@ -107,8 +107,11 @@ def _trained(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> I
     for name, parameter in model.named_parameters():
         if id(parameter) not in held:
             yield f"{name} is not in the optimizer"
-        if parameter.grad is None or not parameter.grad.isfinite().all():
-            yield f"{name} has {'no' if parameter.grad is None else 'a broken'} gradient"
+        # In self-attention the query's quantizer serves for key and value, too.
+        if parameter.grad is None and not name.rpartition(".")[0].endswith((".key_quantizer", ".value_quantizer")):
+            yield f"{name} has no gradient"
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            yield f"{name} has a broken gradient"
         parameter.grad = None
     for name, quantizer in each_activation_quantizer(model).items():
         if not quantizer.is_calibrated:
@@ -158,14 +161,16 @@ def _poison(layer: QuantizedLayer, name: str) -> int:
     weight = layer.stored(name)
     assert isinstance(quantizer, fxslim.nn.quantizers.WeightQuantizer)
     scale = quantizer.grid_of(weight)[0]
-    rows = quantizer.layout.rows(weight)
+    whole = quantizer.layout.rows(weight)
+    rows = whole.flatten(1)
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     steps = (rows / scale[:, None]).round()
     # The product is rounded, too: near the middle between two steps it may fall on either side.
     moved = (steps + (torch.rand_like(rows) - 0.5) * POISON) * scale[:, None]
     moved = torch.where((rows == low) | (rows == high), rows, torch.minimum(torch.maximum(moved, low), high))
-    weight.copy_(quantizer.layout.restored(moved))
-    return int((moved != rows).sum())
+    number = int((moved != rows).sum())
+    weight.copy_(quantizer.layout.restored(moved.view_as(whole)))
+    return number
 
 
 def row(name: str) -> str:
