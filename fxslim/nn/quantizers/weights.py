@@ -159,10 +159,11 @@ class LsqWeights(WeightQuantizer):
         return super().forward(weight)
 
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
-        return fake_quantize_learned(rows, self.scale, 0, *self.config.grid, axis=axis)
+        # A step of the optimizer may take a small scale past 0.
+        return fake_quantize_learned(rows, self.scale.abs(), 0, *self.config.grid, axis=axis)
 
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale.detach()
+        scale = self.scale.detach().abs()
         return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
