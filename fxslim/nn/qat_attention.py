@@ -94,7 +94,7 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         for x, quantizer in zip((query, key, value), quantizers, strict=True):
             same = next((shown for other, shown in done if other is x), None)
             given = x if quantizer is None or same is not None else quantizer(x)
-            done.append((x, given if quantizer is None or same is None else quantizer.unneeded(same)))
+            done.append((x, given if quantizer is None or same is None else quantizer.unneeded(x, same)))
         return [shown for _, shown in done]
 
     def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -59,6 +59,13 @@ def _quantized_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _start_quantizing(model: nn.Module) -> None:
+    """Before its first step of quantization a quantizer gives the stored weight itself."""
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer) and module.batches_seen < module.start_step:
+            module.batches_seen = module.start_step
+
+
 def _stands_for(uses: WeightUses, weight: str, module: nn.Module, args: Any, output: Any) -> None:
     """What a quantizer makes of a weight is used in its place."""
     if memory_of(output) != memory_of(args[0]):
@@ -70,6 +77,7 @@ def _stands_for(uses: WeightUses, weight: str, module: nn.Module, args: Any, out
 def _run(model: nn.Module, inputs: Inputs, uses: WeightUses) -> None:
     try:
         with undisturbed(model, training=False), watched(model, uses):
+            _start_quantizing(model)
             inputs.copied().run(model)
     except Exception as error:
         raise PlanError(

@@ -101,9 +101,18 @@ class ActivationQuantizer(Phased):
         waiting = [p for p in self.parameters() if p.requires_grad]
         return _Untouched.apply(x, *waiting) if waiting else x
 
-    def unneeded(self, x: Tensor) -> Tensor:
-        """x itself, for a tensor that another quantizer did already."""
-        return self._passed(x)
+    def unneeded(self, x: Tensor, done: Tensor) -> Tensor:
+        """``done``, which another quantizer made of x; x is only watched, where there is no range yet."""
+        seen, _, observing = self.read_phase()
+        if self._collecting and observing:
+            self._observe(x)
+            self.batches_collected += 1
+        elif self.training and observing and seen < self.batches_needed and not torch.compiler.is_compiling():
+            again = is_recomputed()
+            if not again:
+                self._calibrate(x, seen)
+                self._just_passed = False
+        return self._passed(done)
 
     @property
     def _has_given_clips(self) -> bool:

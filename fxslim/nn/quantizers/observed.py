@@ -57,22 +57,27 @@ class MinMaxActivations(StaticActivations):
             self.batches_seen = self.batches_needed
         return y
 
-    def _observed(self, x: Tensor) -> tuple[Tensor, ...]:
+    def observed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x on the grid of the new range, that range, and the grid."""
         config, low, high = self.config, self.range_min, self.range_max
         averaging, symmetric = config.averaging, self.symmetric
         return observe_fake_quantize(x, low, high, *config.grid, averaging=averaging, symmetric=symmetric)
 
+    def grid_over(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a range."""
+        return grid_from_range(low, high, *self.config.grid, self.symmetric)
+
     def _followed(self, x: Tensor) -> Tensor:
         config = self.config
-        y, low, high, scale, zero_point = self._observed(x)
+        y, low, high, scale, zero_point = self.observed(x)
         if config.fixed_min and (x.device.type != "cpu" or torch.compiler.is_compiling() or low.item() < 0):
-            y, low, high, scale, zero_point = self._observed(x.clamp(min=0))
+            y, low, high, scale, zero_point = self.observed(x.clamp(min=0))
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(scale.item()):
             bad = int((~x.isfinite()).sum())
             raise CalibrationError(f"{self.described()}: {bad} of {x.numel()} entries of a batch are NaN or infinite")
         shared_low, shared_high = average_over_ranks(low, high)
         if shared_low is not low:
-            scale, zero_point = grid_from_range(shared_low, shared_high, *config.grid, self.symmetric)
+            scale, zero_point = self.grid_over(shared_low, shared_high)
         set_buffers(self, range_min=shared_low, range_max=shared_high)
         self.keep_grid(scale, zero_point)
         return y

@@ -276,19 +276,3 @@ class BinaryWeights(WeightQuantizer):
 
         self._by_rows(weight.detach(), look)
         return found[0], torch.zeros_like(found[0], dtype=torch.int32)
-
-
-_BY_METHOD: dict[str, type[WeightQuantizer]] = {
-    "arq": ArqWeights, "lsq": LsqWeights, "dorefa": DorefaWeights, "binary": BinaryWeights,
-}  # fmt: skip
-
-
-def weight_quantizer(config: WeightQuant, layout: WeightLayout, weight: Tensor, start_step: int = 0) -> WeightQuantizer:
-    """The quantizer that a config asks for, ready for this weight."""
-    if config.format != "int":
-        raise ConfigError(f"weight.format={config.format!r}: layers quantize to integers only, give format='int'")
-    made = _BY_METHOD[config.method](config, layout, start_step)
-    made.to(weight.device)
-    made.attach(weight)
-    made.reread()
-    return made
