@@ -231,13 +231,18 @@ class MaskedWeights(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), pattern]))
 
 
-def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
-    """Take away what ``start_masking`` added."""
+def drop_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
+    """Take the masks away; the layer stays a counterpart."""
     added = [name + suffix for name in weight_names for suffix in (_MASK, _GRADIENT)]
     for name in [*added, "num_mask_batches", "num_mask_steps"]:
         layer._buffers.pop(name, None)
-    for attribute in ("mask_settings", "float_class"):
-        layer.__dict__.pop(attribute, None)
+    layer.__dict__.pop("mask_settings", None)
+
+
+def strip_masks(layer: nn.Module, weight_names: tuple[str, ...]) -> None:
+    """Take away what ``start_masking`` added."""
+    drop_masks(layer, weight_names)
+    layer.__dict__.pop("float_class", None)
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
         del hooks[key]

@@ -2,7 +2,7 @@
 """What quantization asks of a recorded forward: who makes a tensor, who reads it, and what leaves its grid alone."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import fx
 
@@ -79,6 +79,14 @@ class Dataflow:
         while operator_of(node) in _MOVES and node.args and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         return _value(node)
+
+    def is_held(self, node: fx.Node, on_grid: Container[fx.Node]) -> bool:
+        """Whether a tensor, or all that it is moved and joined into, is on a grid."""
+        if node in on_grid:
+            return True
+        readers = _readers(node)
+        joined = all(operator_of(reader) in _MOVES or operator_of(reader) == "cat" for reader in readers)
+        return bool(readers) and joined and all(self.is_held(_value(reader), on_grid) for reader in readers)
 
     def settled(self, node: fx.Node) -> fx.Node:
         """The tensor after a norm that can be folded, and after a clamp that the range can hold."""

@@ -55,7 +55,7 @@ def place(flow: Dataflow, layers: Mapping[str, bool], target: Target) -> Placeme
         _demand_of_residuals(flow, demands, {flow.settled(node) for node in made})
     if target.outputs:
         for node in made:
-            if flow.settled(node) not in demands:
+            if not flow.is_held(flow.settled(node), demands):
                 demand(flow.settled(node)).operators.append(node)
     return _placed(flow, demands, tuple(reached))
 
@@ -78,8 +78,10 @@ def _demand_of_residuals(flow: Dataflow, demands: dict[fx.Node, _Demand], made: 
     for node, given in flow.sums():
         if operator_of(node) == "mul" or flow.settled(node) not in demands:
             continue
+        # The layer that made one side adds the other to its own result.
+        adding = next((one for one in given if one in made and len(one.users) == 1), None)
         for one in given:
-            if flow.source(one) not in made:
+            if one is not adding:
                 demands.setdefault(flow.source(one), _Demand()).operators.append(node)
 
 

@@ -70,7 +70,10 @@ def plan_quantization(
     general = placed.general
     outputs = {} if general is None else {n: _lower_end(general, above) for n, above in placed.outputs.items()}
     return QuantizationPlan(
-        layers=tuple(LayerPlan(name=n, config=c, user=kept[n].user) for n, c in placed.configs.items()),
+        layers=tuple(
+            LayerPlan(name=n, config=c, user=kept[n].user, is_given=n in placed.given)
+            for n, c in placed.configs.items()
+        ),
         outputs=outputs,
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         target=chosen.name,
@@ -161,6 +164,7 @@ class _Placed:
 
     def __post_init__(self) -> None:
         self.outputs: dict[str, bool] = {}
+        self.given: set[str] = set()
         self.notes: tuple[str, ...] = ()
         # What tensors that no layer of its own quantizes get.
         self.general = next((c.activation for c in self.configs.values() if c.activation is not None), None)
@@ -172,6 +176,8 @@ class _Placed:
             if config.activation is None or self.layers[name].user is not None:
                 continue
             places = placement.inputs.get(name)
+            if not places:
+                self.given.add(name)
             activation = _lower_end(config.activation, all(places.values())) if places else None
             self.configs[name] = replace(config, activation=activation)
         for name, above in placement.outputs.items():

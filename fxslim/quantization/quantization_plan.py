@@ -30,11 +30,15 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What becomes of one layer; ``user``: the module that reads its weight, where that is not the layer."""
+    """What becomes of one layer; ``user``: the module that reads its weight, where that is not the layer.
+
+    ``is_given``: its input comes quantized, and is not quantized again.
+    """
 
     name: str
     config: QuantConfig
     user: str | None = None
+    is_given: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +105,7 @@ class QuantizationPlan:
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "layers": {one.name: one.config.to_dict() for one in self.layers},
+            "given": [one.name for one in self.layers if one.is_given],
             "users": {one.name: one.user for one in self.layers if one.user is not None},
             "outputs": {name: asdict(config) for name, config in self.outputs.items()},
             "target": self.target,
@@ -120,12 +125,18 @@ class QuantizationPlan:
             )
         try:
             users = {str(name): str(user) for name, user in data.get("users", {}).items()}
-            strange = users.keys() - data["layers"].keys()
+            given = {str(name) for name in data["given"]}
+            strange = (users.keys() | given) - data["layers"].keys()
             if strange:
-                raise PlanError(f"it knows who uses {min(strange)}, which it does not quantize")
+                raise PlanError(f"it knows more of {min(strange)}, which it does not quantize")
             return cls(
                 layers=tuple(
-                    LayerPlan(name=str(name), config=QuantConfig.from_dict(config), user=users.get(name))
+                    LayerPlan(
+                        name=str(name),
+                        config=QuantConfig.from_dict(config),
+                        user=users.get(name),
+                        is_given=name in given,
+                    )
                     for name, config in data["layers"].items()
                 ),
                 outputs={str(name): ActivationQuant(**config) for name, config in data["outputs"].items()},
@@ -143,7 +154,8 @@ class QuantizationPlan:
         rows = [("layer", "weight", "input", "output")]
         for one in self.layers:
             config = one.config
-            rows.append((one.name or "(the model)", _weight(config), _shown(config.activation), _shown(config.output)))
+            shown = "as it comes" if one.is_given else _shown(config.activation) or "float"
+            rows.append((one.name or "(the model)", _weight(config), shown, _shown(config.output)))
         rows += [(name, "", "", _shown(config)) for name, config in self.outputs.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -184,7 +196,7 @@ def _weight(config: QuantConfig) -> str:
 
 def _shown(config: ActivationQuant | None) -> str:
     if config is None:
-        return "as it comes"
+        return ""
     if config.format != "int":
         return config.format
     return f"{'' if config.signed or config.symmetric else 'u'}int{config.bits}{' from 0' if config.fixed_min else ''}"

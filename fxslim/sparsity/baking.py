@@ -14,9 +14,9 @@ from fxslim.graph.model_state import HookState
 from fxslim.graph.recording import named_states
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
-from fxslim.nn import MaskedWeights
+from fxslim.nn import MaskedWeights, QuantizedLayer
 from fxslim.nn.handed_over import stop_counting
-from fxslim.nn.masked_weights import strip_masks
+from fxslim.nn.masked_weights import drop_masks, strip_masks
 from fxslim.plan.applied_plans import names_in, remember_plan
 
 KIND = "bake"
@@ -60,7 +60,7 @@ class BakePlan:
         """Bake and note it; the caller takes ``changes`` back after an error."""
         refuse_wrapped(model)
         names_in(model, self.shapes)
-        layers = [module for module in model.modules() if isinstance(module, MaskedWeights)]
+        layers = [module for module in model.modules() if isinstance(module, MaskedWeights) and module.weight_names]
         if not layers:
             raise PlanError("no layer of this model has a mask")
         changes.on_undo(HookState(model).restore)
@@ -101,6 +101,10 @@ def _bake_layer(module: MaskedWeights, changes: Changes) -> None:
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks.update(before[2])
 
+    if isinstance(module, QuantizedLayer):
+        # It stays what it is, and goes on to keep torch's fused layers away.
+        changes.make(lambda: drop_masks(module, names), restore)
+        return
     changes.make(lambda: strip_masks(module, names), restore)
     with torch.no_grad():
         vars(module).pop("float_class", None)

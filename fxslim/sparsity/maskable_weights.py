@@ -93,6 +93,8 @@ def find_unmaskable(model: nn.Module) -> dict[str, str]:
 
 
 def _obstacle(module: nn.Module, user: str | None) -> str:
+    if isinstance(module, counterparts.QuantizedLayer):
+        return "it is quantized already: make the float model sparse, and quantize it then"
     if isinstance(module, counterparts.MaskedWeights):
         return "it has a mask already: start from the model without it"
     if type(module) not in COUNTERPARTS:

@@ -16,7 +16,11 @@ def step_masks(model: nn.Module) -> nn.Module:
     >>> [round(1 - float(step_masks(net)[0].weight_mask.float().mean()), 2) for _ in range(3)]
     [0.44, 0.5, 0.5]
     """
-    layers = [m for m in model.modules() if isinstance(m, MaskedWeights) and m.mask_settings.schedule is not None]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, MaskedWeights) and m.weight_names and m.mask_settings.schedule is not None
+    ]
     if not layers:
         raise ConfigError("no layer of this model has a mask with a schedule: sparsify(model, ..., schedule=...)")
     for layer in layers:
