@@ -10,9 +10,9 @@ from fxslim.errors import CalibrationError, ConfigError
 from fxslim.kernels import fake_quantize_learned, observe_fake_quantize
 from fxslim.kernels.arguments import math_dtype
 from fxslim.nn.quant_config import WeightQuant
+from fxslim.nn.quantizers.gradient_routes import straight_through
 from fxslim.nn.quantizers.learned_scale import positive
 from fxslim.nn.quantizers.phases import PART, Phased, is_recomputed
-from fxslim.nn.quantizers.straight_through import straight_through
 from fxslim.patterns.weight_layout import WeightLayout
 
 
