@@ -49,6 +49,7 @@ class ActivationQuantizer(Phased):
             self.batches_needed = start_step
         else:
             self.batches_needed = start_step + config.batch_num
+        if self._calibrates:
             for name, value in self._new_method().state().items():
                 self.register_buffer("calibration_" + name, value)
 
@@ -84,7 +85,7 @@ class ActivationQuantizer(Phased):
             return x
         if seen >= self.batches_needed and not self._is_repeated():
             return self.on_grid(x)
-        if self.training and observing:
+        if self.training and observing and not x.is_meta:
             self._calibrate(x, seen)
         return self._passed(x)
 
@@ -115,8 +116,9 @@ class ActivationQuantizer(Phased):
         return self._passed(done)
 
     @property
-    def _has_given_clips(self) -> bool:
-        return self.config.clip_max is not None
+    def _calibrates(self) -> bool:
+        """Whether training batches are watched before there is a range."""
+        return self.config.clip_max is None and self.config.method != "min_max"
 
     @torch.compiler.disable
     def _calibrate(self, x: Tensor, seen: int) -> None:
@@ -126,7 +128,7 @@ class ActivationQuantizer(Phased):
         if seen >= self.start_step:
             self._observe(x)
         self._just_passed = seen + 1 == self.batches_needed
-        if self._just_passed and not self._has_given_clips:
+        if self._just_passed and self._calibrates:
             self.finish_calibration()
         else:
             self.batches_seen = seen + 1
@@ -160,8 +162,8 @@ class ActivationQuantizer(Phased):
     def stop_collecting(self) -> None:
         """Watch no more; the range stays what it was."""
         self._collecting, self._method = False, None
-        if self._has_given_clips:
-            # Its state dict stays that of a quantizer which never calibrates.
+        if not self._calibrates:
+            # Its state dict stays that of a quantizer which needs no batches.
             for name in self._new_method().state():
                 self._buffers.pop("calibration_" + name, None)
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from fxslim.kernels import fake_quantize, fake_quantize_clipped
 from fxslim.kernels.arguments import math_dtype
 from fxslim.nn.quantizers.activations import ActivationQuantizer
+from fxslim.nn.quantizers.gradient_routes import straight_through, with_scaled_gradient
 from fxslim.nn.quantizers.phases import set_buffers
-from fxslim.nn.quantizers.straight_through import straight_through, with_scaled_gradient
 
 # Below this a range is nothing: the epsilon of float32.
 _LEAST_RANGE = 1.192092896e-07

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 _SEEN, _ENABLED, _OBSERVING = 0, 1, 2
 # Numbers are kept in such parts: averages of models cut whole numbers off below the next one, which must not matter.
-_PART = 1 << 20
+PART = 1 << 20
 
 
 def lasting(value: Tensor) -> Tensor:
     """A value to keep in a buffer: free of its graph, and fit for training where it was made in inference mode."""
-    if not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return value.detach()
     with torch.inference_mode(False):
         return value.clone()
@@ -31,7 +31,7 @@ def set_buffers(module: nn.Module, **values: Tensor) -> None:
 
 def is_recomputed() -> bool:
     """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Phased(nn.Module):
@@ -44,7 +44,7 @@ class Phased(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("phase", torch.tensor([0, _PART, _PART]))
+        self.register_buffer("phase", torch.tensor([0, PART, PART]))
         self._read: tuple[Tensor, int, tuple[int, ...]] = (self.phase, 0, (0, 1, 1))
 
     def read_phase(self) -> tuple[int, ...]:
@@ -63,13 +63,13 @@ class Phased(nn.Module):
         """Look at the buffer again: state that was loaded is known before anything is compiled or exported."""
         if not self.phase.is_meta:
             version = -1 if self.phase.is_inference() else self.phase._version
-            self._read = self.phase, version, tuple((n + _PART // 2) // _PART for n in self.phase.tolist())
+            self._read = self.phase, version, tuple((n + PART // 2) // PART for n in self.phase.tolist())
 
     @torch.compiler.disable
     def _write_phase(self, place: int, value: int) -> None:
         with torch.no_grad(), torch.inference_mode(False):
             phase = self.phase.clone()
-            phase[place] = value * _PART
+            phase[place] = value * PART
             self.phase = phase
         self.reread()
 

@@ -11,9 +11,9 @@ from fxslim.errors import CalibrationError, ConfigError
 from fxslim.kernels import fake_quantize_learned
 from fxslim.kernels.arguments import lies_channels_last, math_dtype
 from fxslim.nn.quant_config import WeightQuant
+from fxslim.nn.quantizers.gradient_routes import straight_through
 from fxslim.nn.quantizers.learned_scale import positive
-from fxslim.nn.quantizers.phases import Phased, is_recomputed
-from fxslim.nn.quantizers.straight_through import straight_through
+from fxslim.nn.quantizers.phases import PART, Phased, is_recomputed
 from fxslim.patterns.weight_layout import WeightLayout
 
 
@@ -191,7 +191,7 @@ class LsqWeights(WeightQuantizer):
         super().attach(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.scale = nn.Parameter(torch.ones(self.scale_shape(weight), dtype=dtype, device=weight.device))
-        self.register_buffer("is_started", torch.zeros((), dtype=torch.bool, device=weight.device))
+        self.register_buffer("is_started", torch.zeros((), dtype=torch.int64, device=weight.device))
         self._started = False
 
     def reset(self) -> None:
@@ -202,7 +202,7 @@ class LsqWeights(WeightQuantizer):
         super().reread()
         started = self._buffers.get("is_started")
         if started is not None and not started.is_meta:
-            self._started = bool(started)
+            self._started = bool(started > PART // 2)
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
@@ -210,7 +210,7 @@ class LsqWeights(WeightQuantizer):
         self.check_finite(weight)
         scale, _ = ArqWeights(self.config, self.layout).grid_of(weight)
         self.scale.copy_(scale)
-        self.is_started.fill_(True)
+        self.is_started.fill_(PART)
         self._started = True
 
     def start_if_due(self, weight: Tensor) -> None:

@@ -87,3 +87,17 @@ def test_attention() -> None:
     layer(x, x, x)
     compiled = torch.compile(lambda x: layer(x, x, x)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x, x, x)[0])
+
+
+def test_switches_are_seen_by_compiled_code() -> None:
+    layer: Any = LinearQAT(4, 3, config=config("ulq"))
+    x = torch.randn(5, 4)
+    layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    state = copy.deepcopy(layer.state_dict())
+    want = compiled(x)
+    for quantizer in (layer.input_quantizer, layer.weight_quantizer):
+        quantizer.enabled = False
+    assert torch.equal(compiled(x), layer.to_float()(x))
+    layer.load_state_dict(state)
+    assert torch.equal(compiled(x), want)

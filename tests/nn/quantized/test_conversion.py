@@ -144,16 +144,6 @@ class Halved(nn.Linear):
             UnsupportedLayerError,
             "EmbeddingQAT: sparse=True",
         ),
-        (
-            lambda: LinearQAT(8, 4, config="fp8"),
-            ConfigError,
-            "weight.format='fp8_e4m3': layers quantize to integers only",
-        ),
-        (
-            lambda: LinearQAT(8, 4, config={"activation": {"format": "fp8_e4m3", "method": "static"}}),
-            ConfigError,
-            "activation.format='fp8_e4m3': layers quantize to integers only",
-        ),
     ],
 )
 def test_refused_layers(call, error: type[Exception], message: str) -> None:

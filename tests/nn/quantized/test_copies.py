@@ -23,7 +23,7 @@ def network(method: str, batch_num: int = 1) -> nn.Sequential:
 
 
 def train(model: nn.Module, batches: int, average: AveragedModel | None = None) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     for _ in range(batches):
         optimizer.zero_grad()
         model(torch.randn(16, 6)).pow(2).mean().backward()
@@ -77,8 +77,7 @@ def test_deep_copies_are_apart(method: str) -> None:
     before = copy.deepcopy(other.state_dict())
     train(model, 3)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    assert other[0].input_quantizer.batches_seen == 1
-    assert not other[0].input_quantizer.is_calibrated
+    assert other[0].input_quantizer.is_calibrated == (method == "min_max")
 
 
 @methods

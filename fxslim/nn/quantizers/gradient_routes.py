@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of one tensor with the gradient of another, to the last bit."""
+"""Where gradients go: to another tensor than the one shown, or scaled. Values stay as they are, to the last bit."""
 
 from typing import Any
 
