@@ -31,7 +31,7 @@ from benchmarks.timing import machine
 from fxslim.graph.inputs import output_tensors
 from fxslim.nn import QuantizedLayer
 from fxslim.nn.quantizers import each_activation_quantizer
-from fxslim.quantization import fake_quantization
+from fxslim.quantization import switch_quantizers
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Embedding)
 # Others run on pictures of 64 pixels. Inception's auxiliary head and MaxViT's windows need theirs.
@@ -88,7 +88,11 @@ def prove(model: nn.Module, x: Tensor, folder: Path) -> Proof:
 def outermost(model: nn.Module) -> list[nn.Module]:
     """All modules but those inside of attention layers."""
     inside = {
-        id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.modules() if child != m
+        id(child)
+        for m in model.modules()
+        if isinstance(m, nn.MultiheadAttention)
+        for child in m.modules()
+        if child != m
     }
     return [module for module in model.modules() if id(module) not in inside]
 
@@ -137,7 +141,10 @@ def _poisoned(model: nn.Module, x: Tensor) -> Iterable[str]:
     """Faults that show when every quantized weight moves, but not on its grid."""
     quantized, plain = _outputs(model, x)
     moved = sum(
-        _poison(layer, name) for layer in model.modules() if isinstance(layer, QuantizedLayer) for name in layer.maskable
+        _poison(layer, name)
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+        for name in layer.maskable
     )
     now, now_plain = _outputs(model, x)
     if not torch.equal(now, quantized):
@@ -150,8 +157,8 @@ def _poisoned(model: nn.Module, x: Tensor) -> Iterable[str]:
 def _outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """On the grids, and in float."""
     quantized = model(x)
-    plain = fake_quantization(model, False)(x)
-    fake_quantization(model, True)
+    plain = switch_quantizers(model, False)(x)
+    switch_quantizers(model, True)
     return quantized, plain
 
 

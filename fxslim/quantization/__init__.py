@@ -7,7 +7,7 @@ from fxslim.quantization.planning import plan_quantization as plan_quantization
 from fxslim.quantization.planning import prepare_qat as prepare_qat
 from fxslim.quantization.quantization_plan import LayerPlan as LayerPlan
 from fxslim.quantization.quantization_plan import QuantizationPlan as QuantizationPlan
-from fxslim.quantization.switches import fake_quantization as fake_quantization
 from fxslim.quantization.switches import freeze_ranges as freeze_ranges
+from fxslim.quantization.switches import switch_quantizers as switch_quantizers
 from fxslim.quantization.targets import TARGETS as TARGETS
 from fxslim.quantization.targets import Target as Target

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.errors import ConfigError
-from fxslim.graph.inputs import as_inputs
+from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.layer_choice import Chosen
 from fxslim.graph.recording import named_states, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
@@ -46,40 +46,43 @@ def plan_quantization(
     after ``freeze_after`` batches. With ``example_inputs`` sums, pools and outputs get the quantizers that the target
     computes with; without, each layer quantizes its own input.
     """
-    chosen = as_target(target)
     refuse_wrapped(model)
-    model = without_compile_wrapper(model)
+    wishes = LayerConfigs(
+        config=config, layers=layers, skip=skip, overrides=overrides or {}, first=first, last=last,
+        target=as_target(target),
+    )  # fmt: skip
     examples = () if example_inputs is None else tuple(as_inputs(example_inputs))
+    _check_folding(fold_batch_norms, freeze_after, examples)
+    return _planned(without_compile_wrapper(model), wishes, examples, fold_batch_norms, freeze_after)
+
+
+def _planned(
+    model: nn.Module, wishes: LayerConfigs, examples: tuple[Inputs, ...], fold: bool, freeze_after: int | None
+) -> QuantizationPlan:
     flows = [Dataflow(record(model, example)) for example in examples]
     found = find_layers(model, find_users(model, examples, None))
-    order = [call.name for flow in flows[:1] for call in flow.recording.calls if call.name in {o.name for o in found}]
-    wishes = LayerConfigs(
-        config=config, layers=layers, skip=skip, overrides=overrides or {}, first=first, last=last, target=chosen
-    )
+    names = {one.name for one in found}
+    order = [call.name for flow in flows[:1] for call in flow.recording.calls if call.name in names]
     configs = wishes.of(model, found, order)
-    named = layers is not None
-    kept, notes = _possible(found, configs, flows, named)
+    kept, notes = _possible(found, configs, flows, named=wishes.layers is not None)
     if not kept:
         raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
-    folds = _folds(model, flows, kept, configs) if _may_fold(fold_batch_norms, freeze_after, examples) else {}
+    folds = _folds(model, flows[0], kept, configs) if fold else {}
     placed = _Placed(kept, {name: configs[name] for name in kept})
     if flows and placed.general is not None:
-        placed.take(
-            place(flows[0], {name: config.activation is None for name, config in placed.configs.items()}, chosen)
-        )
-    general = placed.general
-    outputs = {} if general is None else {n: _lower_end(general, above) for n, above in placed.outputs.items()}
+        unasked = {name: own.activation is None for name, own in placed.configs.items()}
+        placed.take(place(flows[0], unasked, wishes.target))
     return QuantizationPlan(
         layers=tuple(
-            LayerPlan(name=n, config=c, user=kept[n].user, is_given=n in placed.given)
-            for n, c in placed.configs.items()
+            LayerPlan(name=name, config=own, user=kept[name].user, is_given=name in placed.given)
+            for name, own in placed.configs.items()
         ),
-        outputs=outputs,
+        outputs=placed.outputs,
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
-        target=chosen.name,
+        target=wishes.target.name,
         folds=folds,
         freeze_after=freeze_after,
-        start_step=max(config.start_step for config in placed.configs.values()),
+        start_step=max(own.start_step for own in placed.configs.values()),
         notes=(*notes, *placed.notes),
         inputs=examples,
     )
@@ -97,23 +100,20 @@ def prepare_qat(
     return plan_quantization(model, config, **wishes).apply(model, optimizer=optimizer)
 
 
-def _may_fold(wanted: bool, freeze_after: int | None, examples: tuple[Any, ...]) -> bool:
+def _check_folding(wanted: bool, freeze_after: int | None, examples: tuple[Inputs, ...]) -> None:
     if freeze_after is not None and (not wanted or isinstance(freeze_after, bool) or freeze_after < 0):
         raise ConfigError(f"freeze_after={freeze_after} is a number of batches, and needs fold_batch_norms=True")
     if wanted and not examples:
-        raise ConfigError(
-            "fold_batch_norms=True needs example_inputs=: a forward tells which norm is behind which layer"
-        )
-    return wanted
+        raise ConfigError("fold_batch_norms=True needs example_inputs=: a forward tells the norm behind each layer")
 
 
 def _folds(
-    model: nn.Module, flows: list[Dataflow], kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
+    model: nn.Module, flow: Dataflow, kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
 ) -> dict[str, str]:
     """{convolution: the batch norm behind it}; grids of their weights get two equal sides."""
     found = {}
-    for call in flows[0].recording.calls:
-        norm = flows[0].norm_behind(call) if call.name in kept else None
+    for call in flow.recording.calls:
+        norm = flow.norm_behind(call) if call.name in kept else None
         config = configs.get(call.name)
         if norm is None or config is None or config.weight is None:
             continue
@@ -163,7 +163,7 @@ class _Placed:
     configs: dict[str, QuantConfig]
 
     def __post_init__(self) -> None:
-        self.outputs: dict[str, bool] = {}
+        self.outputs: dict[str, ActivationQuant] = {}
         self.given: set[str] = set()
         self.notes: tuple[str, ...] = ()
         # What tensors that no layer of its own quantizes get.
@@ -182,8 +182,9 @@ class _Placed:
             self.configs[name] = replace(config, activation=activation)
         for name, above in placement.outputs.items():
             config_of = self.configs.get(name)
+            assert self.general is not None
             if config_of is None:
-                self.outputs[name] = above
-            elif config_of.output is None and self.general is not None:
+                self.outputs[name] = _lower_end(self.general, above)
+            elif config_of.output is None:
                 self.configs[name] = replace(config_of, output=_lower_end(self.general, above))
         self.notes = placement.notes

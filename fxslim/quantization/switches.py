@@ -14,13 +14,13 @@ def _quantizers(model: nn.Module) -> list[Phased]:
     return found
 
 
-def fake_quantization(model: nn.Module, enabled: bool) -> nn.Module:
+def switch_quantizers(model: nn.Module, enabled: bool) -> nn.Module:
     """Switch all quantizers on or off; off, the model computes in float with the same weights. Returns the model.
 
     >>> import torch, fxslim
     >>> net = fxslim.quantize(nn.Sequential(nn.Linear(4, 4)), "w2", data=[torch.randn(2, 4)])
     >>> x, weight = torch.randn(2, 4), net[0].weight
-    >>> off = fake_quantization(net, False)(x)
+    >>> off = switch_quantizers(net, False)(x)
     >>> torch.equal(off, nn.functional.linear(x, weight, net[0].bias))
     True
     """

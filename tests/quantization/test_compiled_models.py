@@ -10,7 +10,7 @@ from torch import nn
 import fxslim
 from fxslim.nn import ActivationQuant, QuantConfig
 from fxslim.nn.quantizers import each_activation_quantizer
-from fxslim.quantization import fake_quantization
+from fxslim.quantization import switch_quantizers
 from tests.quantization.small_networks import NETWORKS, batch, batches
 
 METHODS = ("ulq", "lsq", "pact", "min_max", "static")
@@ -73,7 +73,7 @@ def test_switches_are_no_constants_of_the_compiled_graph(method: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         quantized = compiled(x)
-        fake_quantization(model, False)
+        switch_quantizers(model, False)
         torch.testing.assert_close(compiled(x), model(x))
         assert not torch.equal(compiled(x), quantized)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fxslim
 from fxslim.nn import ActivationQuant, QuantConfig, WeightQuant
 from fxslim.nn.quantizers import each_activation_quantizer
-from fxslim.quantization import fake_quantization
+from fxslim.quantization import switch_quantizers
 from tests.quantization.small_networks import NETWORKS, batch, batches, convolutions, step
 
 METHODS = ("ulq", "lsq", "lsq+", "pact", "min_max", "static")
@@ -64,8 +64,8 @@ def test_fine_tuning_is_near_float(network: str, method: str, dtype: torch.dtype
     config = QuantConfig(weight=WeightQuant(bits=4), activation=ActivationQuant(method=method, bits=6))
     fxslim.prepare_qat(model, config, example_inputs=x).train()(x)
     before = states(model)
-    assert not torch.allclose(model(x), fake_quantization(model, False)(x), atol=1e-3)
-    fake_quantization(model, True)
+    assert not torch.allclose(model(x), switch_quantizers(model, False)(x), atol=1e-3)
+    switch_quantizers(model, True)
     losses = learn(model, x, y, dtype)
     assert started > 1
     assert losses[-1] < started / 3
