@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where bins lie: widths are powers of two, ends multiples of them. All on the device of the data, unwaited for."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,9 @@ def grid_of_bins(low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     >>> grid_of_bins(*ends, bins=16)
     (tensor(-4), tensor(0.2500, dtype=torch.float64))
     """
+    if low.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, step = _grid_of_numbers(low.item(), high.item(), bins)
+        return torch.tensor(first), torch.tensor(step, dtype=torch.float64)
     low, high = (torch.nan_to_num(end, nan=0.0, posinf=0.0, neginf=0.0) for end in (low, high))
     # Halves, since the whole may be too large for a number.
     span = _power_above(high / 2 - low / 2) * 2
@@ -33,6 +38,27 @@ def grid_of_bins(low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
         width = torch.where(_num_reached(low, high, tried) <= bins, tried, width)
     spare = bins - _num_reached(low, high, width)
     return torch.floor(low / width).to(torch.int64) - spare // 2, width
+
+
+def _grid_of_numbers(low: float, high: float, bins: int) -> tuple[int, float]:
+    """The same on plain numbers, many times as fast as on tensors of one."""
+    low, high = (end if math.isfinite(end) else 0.0 for end in (low, high))
+    span = _number_above(high / 2 - low / 2) * 2
+    least = max(_number_above(max(abs(low), abs(high))) * _FINEST, _NARROWEST)
+
+    def reached(width: float) -> int:
+        return math.floor(high / width) - math.floor(low / width) + 1
+
+    width = max(span * 2.0 ** (2 - bins.bit_length()), least)
+    for narrower in range(3):
+        tried = max(span * 2.0 ** (1 - narrower - bins.bit_length()), least)
+        width = tried if reached(tried) <= bins else width
+    return math.floor(low / width) - (bins - reached(width)) // 2, width
+
+
+def _number_above(value: float) -> float:
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(1.0, exponent) if mantissa > 0 else 0.0
 
 
 def _num_reached(low: Tensor, high: Tensor, width: Tensor) -> Tensor:

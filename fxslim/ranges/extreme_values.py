@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest (or smallest) values of all data, exactly, as a short sorted list."""
 
+import math
+
 import torch
 from torch import Tensor
 
 # How many are kept: a percentile of 0.999999 asks for fewer in up to 128 million entries.
 NUM_KEPT = 128
-_CHUNK = 1024
+_LEAST_CHUNK = 8
 
 
 def no_values(device: torch.device | str = "cpu") -> Tensor:
@@ -23,9 +25,11 @@ def largest_with(values: Tensor, x: Tensor) -> Tensor:
     tensor([4., 3., 2.])
     """
     flat = x.detach().reshape(-1)
-    whole = flat.numel() // _CHUNK * _CHUNK
-    if whole > NUM_KEPT * _CHUNK:
-        chunks = flat[:whole].view(-1, _CHUNK)
+    # Of a size at which looking at maxima and looking into chunks cost alike.
+    size = math.isqrt(flat.numel() // NUM_KEPT)
+    if size >= _LEAST_CHUNK:
+        whole = flat.numel() // size * size
+        chunks = flat[:whole].view(-1, size)
         chosen = chunks.amax(1).topk(NUM_KEPT).indices
         flat = torch.cat([chunks[chosen].reshape(-1), flat[whole:]])
     best = flat.topk(min(NUM_KEPT, flat.numel())).values

@@ -11,10 +11,10 @@ from fxslim.ranges.method import HistogramMethod
 from fxslim.ranges.quantization_error import integer_grid, squared_error
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
-# First down to 1/215 of the extremes, each 16 % below the one before; then ever closer around the best.
-_COARSE = 2.0 ** (-torch.arange(32, dtype=torch.float64) / 4)
+# First down to 1/181 of the extremes, each 29 % below the one before; then ever closer around the best.
+_COARSE = 2.0 ** (-torch.arange(16, dtype=torch.float64) / 2)
 _AROUND = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0], dtype=torch.float64)
-_REFINEMENTS = 6
+_REFINEMENTS = 7
 
 
 class Mse(HistogramMethod):
@@ -56,7 +56,7 @@ def _least(errors: Callable[[Tensor, Tensor], Tensor], both: bool) -> tuple[Tens
     one = torch.ones(1, dtype=torch.float64)
     down, up = _pairs(_COARSE if both else one, _COARSE)
     best = errors(down, up).argmin()
-    down, up, reach = down[best, None], up[best, None], 0.25
+    down, up, reach = down[best, None], up[best, None], 0.5
     for _ in range(_REFINEMENTS):
         near = 2.0 ** (_AROUND * reach)
         downs, ups = _pairs((down * near).clamp(max=1) if both else one, (up * near).clamp(max=1))

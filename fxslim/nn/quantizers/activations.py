@@ -142,14 +142,17 @@ class ActivationQuantizer(Phased):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        method = self._new_method()
-        method.load_state({name: self._buffers["calibration_" + name] for name in method.state()})
+        # Between training batches anything may happen to the buffers; what is only collected is not kept in them.
+        method = self._method if self._collecting else None
+        if method is None:
+            method = self._new_method()
+            method.load_state({name: self._buffers["calibration_" + name] for name in method.state()})
         try:
             method.observe(x.detach())
         except CalibrationError as error:
             raise CalibrationError(f"{self.described()}: {error}") from error
-        for name, value in method.state().items():
-            setattr(self, "calibration_" + name, value)
+        if not self._collecting:
+            set_buffers(self, **{"calibration_" + name: value for name, value in method.state().items()})
         self._method = method
 
     @torch.inference_mode(False)
