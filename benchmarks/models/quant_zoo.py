@@ -75,7 +75,7 @@ def prove(model: nn.Module, x: Tensor, folder: Path) -> Proof:
     seconds = time.process_time() - start
     faults = [*_trained(model, x, optimizer), *_saved(model, fresh, x, folder / "model.safetensors")]
     del model, optimizer
-    faults += _poisoned(fresh, x)
+    faults += poison_faults(fresh, x)
     return Proof(
         plan=plan,
         layers=(sum(isinstance(module, QuantizedLayer) for module in outermost(fresh)), num_layers),
@@ -88,7 +88,11 @@ def prove(model: nn.Module, x: Tensor, folder: Path) -> Proof:
 def outermost(model: nn.Module) -> list[nn.Module]:
     """All modules but those inside of attention layers."""
     inside = {
-        id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.modules() if child != m
+        id(child)
+        for m in model.modules()
+        if isinstance(m, nn.MultiheadAttention)
+        for child in m.modules()
+        if child != m
     }
     return [module for module in model.modules() if id(module) not in inside]
 
@@ -133,11 +137,14 @@ def _saved(model: nn.Module, fresh: nn.Module, x: Tensor, path: Path) -> Iterabl
 
 
 @torch.no_grad()
-def _poisoned(model: nn.Module, x: Tensor) -> Iterable[str]:
+def poison_faults(model: nn.Module, x: Tensor) -> Iterable[str]:
     """Faults that show when every quantized weight moves, but not on its grid."""
     quantized, plain = _outputs(model, x)
     moved = sum(
-        _poison(layer, name) for layer in model.modules() if isinstance(layer, QuantizedLayer) for name in layer.maskable
+        _poison(layer, name)
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+        for name in layer.maskable
     )
     now, now_plain = _outputs(model, x)
     if not torch.equal(now, quantized):

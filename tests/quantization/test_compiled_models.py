@@ -35,7 +35,8 @@ def assert_same_states(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "method"), [*(("convolutions", method) for method in METHODS), *(("vit", m) for m in ("ulq", "min_max"))]
+    ("network", "method"),
+    [*(("convolutions", method) for method in METHODS), *(("vit", m) for m in ("ulq", "min_max"))],
 )
 def test_training_in_one_graph(network: str, method: str) -> None:
     """Three steps: outputs, gradients and what quantizers remember are those of eager mode."""

@@ -137,7 +137,9 @@ def test_clips_join_the_optimizer_without_weight_decay() -> None:
 
 
 @networks
-@pytest.mark.parametrize(("method", "use_reentrant"), [("ulq", False), ("ulq", True), ("min_max", False), ("lsq", True)])
+@pytest.mark.parametrize(
+    ("method", "use_reentrant"), [("ulq", False), ("ulq", True), ("min_max", False), ("lsq", True)]
+)
 def test_activation_checkpointing_changes_nothing(network: str, method: str, use_reentrant: bool) -> None:
     """Calibration included: the batch that is seen twice counts once, and passes in the same way."""
     torch.manual_seed(3)
