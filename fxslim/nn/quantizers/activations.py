@@ -105,11 +105,14 @@ class ActivationQuantizer(Phased):
         if self._collecting and observing:
             self._observe(x)
             self.batches_collected += 1
-        elif self.training and observing and seen < self.batches_needed and not torch.compiler.is_compiling():
-            if not is_recomputed():
-                self._calibrate(x, seen)
-                self._just_calibrated = False
+        elif self.training and observing and seen < self.batches_needed and not self._is_repeated():
+            self._calibrate(x, seen)
+            self._just_calibrated = False
         return self._passed(done)
+
+    def _is_repeated(self) -> bool:
+        """Compiled code counts no batches either."""
+        return torch.compiler.is_compiling() or is_recomputed()
 
     def _calibrate(self, x: Tensor, seen: int) -> None:
         """A training batch before there is a range."""
