@@ -47,7 +47,7 @@ def test_transformers_of_torchvision(name: str, tmp_path: Path) -> None:
     model = randomise(TRANSFORMERS[name]()).eval()
     proof = quant_zoo.prove(model, torch.randn(2, 3, 32, 32), tmp_path)
     assert not proof.faults
-    assert proof.layers[0] == proof.layers[1] > 8
+    assert proof.layers[0] == proof.layers[1] >= 8
 
 
 class KeepsItsWeight(nn.Module):
