@@ -10,8 +10,11 @@ _SEEN, _ENABLED, _OBSERVING = 0, 1, 2
 
 
 def is_recomputed() -> bool:
-    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again.
+
+    Compiled code can't ask.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Phased(nn.Module):
