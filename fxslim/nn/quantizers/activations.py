@@ -83,7 +83,9 @@ class ActivationQuantizer(Phased):
         if not enabled or not x.is_floating_point():
             return x
         if torch.compiler.is_compiling():
-            return self.on_grid(x) if seen >= self.batches_needed else x
+            if seen >= self.batches_needed:
+                return self.on_grid(x)
+            return self._calibrated_outside(x, seen) if self.training and observing else x
         again = is_recomputed()
         # The last batch of a calibration passes unquantized when gradient checkpointing repeats it, too.
         if seen >= self.batches_needed and not (again and self._just_calibrated):
@@ -98,6 +100,13 @@ class ActivationQuantizer(Phased):
             return x
         waiting = [p for p in self.parameters() if p.requires_grad]
         return _Untouched.apply(x, *waiting) if waiting else x
+
+    @torch.compiler.disable
+    def _calibrated_outside(self, x: Tensor, seen: int) -> Tensor:
+        """Choosing a range is no part of a compiled graph; afterwards that is compiled anew."""
+        if not is_recomputed():
+            self._calibrate(x, seen)
+        return x
 
     def unneeded(self, x: Tensor, done: Tensor) -> Tensor:
         """``done``, which another quantizer made of x; x is only watched, where there is no range yet."""
