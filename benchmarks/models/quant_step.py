@@ -178,14 +178,14 @@ def report(rounds: int) -> str:
     parts = [
         "# What quantization-aware training costs", "",
         f"{datetime.date.today()}; {machine()}", "",
-        "`python -m benchmarks.models.quant_step`: batch 16 of 3x64x64, one thread, process-CPU time, median of ratios to",
-        "float in the same round, and quartiles. Int8 weights per channel and activations per tensor; observers on.", "",
+        "`python -m benchmarks.models.quant_step`: batch 16 of 3x64x64, one thread, process-CPU time, median of ratios",
+        "to float in the same round, and quartiles. Int8 weights per channel, activations per tensor; observers on.", "",
         "| model | quantized | step / float step | quartiles |", "|---|---|---|---|", *step_rows(rounds), "",
-        "Calibration of ResNet-18 on 8 batches, all quantizers that onnxruntime fuses, ranges chosen at the end included",
-        "(torch.ao: forwards alone):", "",
+        "Calibration of ResNet-18 on 8 batches, with all quantizers that onnxruntime fuses and the choice of ranges at",
+        "the end (torch.ao: forwards alone):", "",
         "| ranges by | calibration / float forwards |", "|---|---|", *calibration_rows(max(3, rounds // 2)), "",
-        "Growth of resident memory in MiB over 6 steps, ours / float; with glibc's default, which keeps freed memory, and",
-        "with MALLOC_MMAP_THRESHOLD_=131072, which gives it back:", "",
+        "Growth of resident memory in MiB over 6 steps, ours / float; with glibc's default, which keeps freed memory,",
+        "and with MALLOC_MMAP_THRESHOLD_=131072, which gives it back:", "",
         "| model | quantized | default | given back |", "|---|---|---|---|", *memory_rows(3),
     ]  # fmt: skip
     return "\n".join(parts) + "\n"

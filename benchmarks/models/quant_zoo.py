@@ -75,7 +75,7 @@ def prove(model: nn.Module, x: Tensor, folder: Path) -> Proof:
     seconds = time.process_time() - start
     faults = [*_trained(model, x, optimizer), *_saved(model, fresh, x, folder / "model.safetensors")]
     del model, optimizer
-    faults += _poisoned(fresh, x)
+    faults += poison_faults(fresh, x)
     return Proof(
         plan=plan,
         layers=(sum(isinstance(module, QuantizedLayer) for module in outermost(fresh)), num_layers),
@@ -137,7 +137,7 @@ def _saved(model: nn.Module, fresh: nn.Module, x: Tensor, path: Path) -> Iterabl
 
 
 @torch.no_grad()
-def _poisoned(model: nn.Module, x: Tensor) -> Iterable[str]:
+def poison_faults(model: nn.Module, x: Tensor) -> Iterable[str]:
     """Faults that show when every quantized weight moves, but not on its grid."""
     quantized, plain = _outputs(model, x)
     moved = sum(

@@ -4,14 +4,17 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fxslim.nn.handed_over import HandedOver
 from fxslim.nn.qat_linear import LinearQAT
 
 # The weights that a layer showed while its owner runs.
 _SHOWN = "_shown_weights"
+# Where an owner keeps the mode of its forward.
+_MODE = "_quantizing_inputs"
 
 
 class HandedOverLinearQAT(HandedOver, LinearQAT):
@@ -63,17 +66,40 @@ def quantize_inputs_within(owner: nn.Module) -> None:
 
 
 def _enter(owner: nn.Module, args: Any) -> None:
+    if _MODE in owner.__dict__:
+        _take_away(owner)
     layers = [layer for layer in owner.children() if isinstance(layer, HandedOverLinearQAT)]
     for layer in layers:
         layer.__dict__[_SHOWN] = []
     mode = _QuantizingInputs(layers)
-    owner.__dict__["_quantizing_inputs"] = mode
+    owner.__dict__[_MODE] = mode
     mode.__enter__()
 
 
 def _leave(owner: nn.Module, args: Any, output: Any) -> None:
-    mode = owner.__dict__.pop("_quantizing_inputs", None)
+    mode = owner.__dict__.get(_MODE)
     if mode is not None:
         mode.__exit__(None, None, None)
+        owner.__dict__.pop(_MODE, None)
         for layer in mode.layers:
             layer.__dict__.pop(_SHOWN, None)
+
+
+def stop_quantizing_inputs(model: nn.Module) -> None:
+    """Take away what forwards left that were interrupted, for which torch calls no hooks."""
+    for module in model.modules():
+        if _MODE in module.__dict__:
+            _take_away(module)
+
+
+def _take_away(owner: nn.Module) -> None:
+    """The mode of a forward that never ended, wherever it is on torch's stack."""
+    mode, above = owner.__dict__[_MODE], []
+    while _len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+    owner.__dict__.pop(_MODE, None)

@@ -13,6 +13,7 @@ from fxslim.graph.recording import undisturbed
 from fxslim.graph.weight_reads import memory_of
 from fxslim.graph.weight_uses import WeightUses, ignored, watched
 from fxslim.nn import QuantizedLayer
+from fxslim.nn.handed_over_quantized import stop_quantizing_inputs
 from fxslim.nn.quantizers import WeightQuantizer
 
 
@@ -78,7 +79,10 @@ def _run(model: nn.Module, inputs: Inputs, uses: WeightUses) -> None:
     try:
         with undisturbed(model, training=False), watched(model, uses):
             _start_quantizing(model)
-            inputs.copied().run(model)
+            try:
+                inputs.copied().run(model)
+            finally:
+                stop_quantizing_inputs(model)
     except Exception as error:
         raise PlanError(
             f"the quantized model's forward failed on {inputs} ({type(error).__name__}: {error}). Nothing was changed"

@@ -81,11 +81,7 @@ def test_weights_of_the_float_model_fit(network: str) -> None:
     """Both ways: names of weights are those of the float model."""
     plain, (x, _) = NETWORKS[network](), batch()
     model = fxslim.prepare_qat(NETWORKS[network](), example_inputs=x).train()
-    found = model.load_state_dict(plain.state_dict(), strict=False)
-    assert not found.unexpected_keys
-    assert found.missing_keys
-    for name in found.missing_keys:
-        assert "_quantizer." in name, name
+    model.load_state_dict(plain.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     model(x)

@@ -100,7 +100,7 @@ def fine_tuned() -> tuple[nn.Module, dict[str, torch.Tensor], list[float]]:
     """The model, its weights before, and losses: quantized by the user's own loop, then trained."""
     torch.manual_seed(0)
     model = resnet101()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             qat_module = Conv2dQAT.from_float(module, config=config(channel_wise=True))

@@ -30,7 +30,10 @@ def set_buffers(module: nn.Module, **values: Tensor) -> None:
 
 
 def is_recomputed() -> bool:
-    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again."""
+    """Whether this forward runs inside a backward: of a batch that gradient checkpointing sees again.
+
+    Compiled code can't ask.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
