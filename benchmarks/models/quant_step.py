@@ -179,7 +179,7 @@ def report(rounds: int) -> str:
         "# What quantization-aware training costs", "",
         f"{datetime.date.today()}; {machine()}", "",
         "`python -m benchmarks.models.quant_step`: batch 16 of 3x64x64, one thread, process-CPU time, median of ratios",
-        "to float in the same round, and quartiles. Int8 weights per channel, activations per tensor; observers on.", "",
+        "to float in the same round, and quartiles. Int8 weights per channel, activations per tensor, observed.", "",
         "| model | quantized | step / float step | quartiles |", "|---|---|---|---|", *step_rows(rounds), "",
         "Calibration of ResNet-18 on 8 batches, with all quantizers that onnxruntime fuses and the choice of ranges at",
         "the end (torch.ao: forwards alone):", "",

@@ -128,7 +128,12 @@ def _folds(
 
 
 def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:
-    """0 as the lower end of what is never negative; symmetric grids have none to choose."""
+    """0 as the lower end of what is never negative; symmetric grids have none to choose.
+
+    PACT cuts off what is below 0, so it is for such tensors only: others learn both clips.
+    """
+    if config.method == "pact" and not above:
+        return replace(config, method="ulq")
     return replace(config, fixed_min=True) if above and not config.symmetric and config.clip_min is None else config
 
 

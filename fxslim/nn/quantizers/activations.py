@@ -108,12 +108,17 @@ class ActivationQuantizer(Phased):
         if self._collecting and observing:
             self._observe(x)
             self.batches_collected += 1
-        elif self.training and observing and seen < self.batches_needed and not torch.compiler.is_compiling():
-            again = is_recomputed()
-            if not again:
-                self._calibrate(x, seen)
-                self._just_passed = False
+        elif self.training and observing and seen < self.batches_needed:
+            self._watch(x)
         return self._passed(done)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _watch(self, x: Tensor) -> None:
+        """Get a range from x, as in a forward of its own."""
+        if not is_recomputed():
+            self.forward(x)
+            self._just_passed = False
 
     @property
     def _calibrates(self) -> bool:
