@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-zoo memory scaling tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo memory scaling tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -62,6 +62,9 @@ zoo-transformers: setup  ## Hugging Face's models from small configs (first: pip
 
 zoo-timm: setup  ## the same for 112 architectures of timm; first: pip install --no-deps timm huggingface_hub safetensors
 	$(PYTHON) -m benchmarks.models.timm_zoo
+
+quant-step: setup  ## a quantized training step, calibration and memory beside float and torch.ao; writes a dated report
+	$(PYTHON) -m benchmarks.models.quant_step --report benchmarks/reports
 
 quant-zoo: setup  ## quantize torchvision's classification models, train, save and load each; writes a dated report
 	$(PYTHON) -m benchmarks.models.quant_zoo

@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ulq, for onnxruntime": {"config": QuantConfig(), "placed": True},
     "weights alone": {"config": QuantConfig(activation=None)},
 }
-IN_MEMORY = ("min_max, inputs of layers", "min_max, for onnxruntime")
+IN_MEMORY = ("min_max, for onnxruntime",)
 SAVING = ", save_memory"
 
 
@@ -186,7 +186,7 @@ def report(rounds: int) -> str:
         "| ranges by | calibration / float forwards |", "|---|---|", *calibration_rows(max(3, rounds // 2)), "",
         "Growth of resident memory in MiB over 6 steps, ours / float; with glibc's default, which keeps freed memory,",
         "and with MALLOC_MMAP_THRESHOLD_=131072, which gives it back:", "",
-        "| model | quantized | default | given back |", "|---|---|---|---|", *memory_rows(3),
+        "| model | quantized | default | given back |", "|---|---|---|---|", *memory_rows(2),
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
 
