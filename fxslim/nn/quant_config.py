@@ -87,7 +87,7 @@ class ActivationQuant:
     ``method``: "ulq", both clips learned; "lsq", the scale learned; "lsq+", both clips learned with scaled gradients;
     "pact", the upper clip learned, what is below 0 cut off; "min_max", moving averages of the extrema in training, with
     rate ``averaging``; "static", what calibration found. All but min_max first see ``batch_num`` batches unquantized,
-    of which ``calibration`` chooses the range; clips that are given need none. ``fixed_min``: the lower end is 0 and stays.
+    of which ``calibration`` chooses the range; clips that are given need none. ``fixed_min``: the lower end stays 0.
     ``symmetric``, ``signed``: None where the deployment target decides; without one unsigned and asymmetric.
     """
 
