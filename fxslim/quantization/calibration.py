@@ -16,7 +16,7 @@ from fxslim.graph.refusals import without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.nn import ActivationQuant, as_quant_config
 from fxslim.nn.quant_config import CALIBRATIONS
-from fxslim.nn.quantizers import ActivationQuantizer, each_activation_quantizer
+from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer, each_activation_quantizer
 from fxslim.progress import track
 from fxslim.quantization.planning import plan_quantization
 from fxslim.quantization.quantization_plan import QuantizationPlan
@@ -24,7 +24,7 @@ from fxslim.quantization.quantization_plan import QuantizationPlan
 
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[nn.Module]:
-    """The user's own forwards inside choose the ranges of all activations, at the end; unquantized meanwhile.
+    """The user's own forwards inside choose the ranges of all activations, at the end; meanwhile all is in float.
 
     Each quantizer must see as many batches as its config's ``batch_num``. After an error ranges are as they were.
 
@@ -38,8 +38,11 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     quantizers = each_activation_quantizer(without_compile_wrapper(model))
     if not quantizers:
         raise ConfigError("no activation of this model is quantized: prepare_qat(model) or quantize(model) first")
+    weights = [module for module in model.modules() if isinstance(module, WeightQuantizer)]
     for quantizer in quantizers.values():
         quantizer.start_collecting()
+    for weight in weights:
+        weight.is_passing = True
     try:
         yield model
         _check_batches(quantizers)
@@ -48,6 +51,8 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for quantizer in quantizers.values():
             quantizer.stop_collecting()
+        for weight in weights:
+            weight.is_passing = False
 
 
 def _check_batches(quantizers: Mapping[str, ActivationQuantizer]) -> None:

@@ -11,10 +11,10 @@ from fxslim.ranges.method import HistogramMethod
 from fxslim.ranges.quantization_error import integer_grid, squared_error
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
-# First down to 1/181 of the extremes, each 29 % below the one before; then ever closer around the best.
-_COARSE = 2.0 ** (-torch.arange(16, dtype=torch.float64) / 2)
-_AROUND = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0], dtype=torch.float64)
-_REFINEMENTS = 7
+# Exponents of 2, down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer around the best.
+_ONE_END = (torch.arange(61, dtype=torch.float64) / -8, (0.125,))
+_TWO_ENDS = (torch.arange(11, dtype=torch.float64) * -0.75, (0.5, 0.17, 0.06))
+_AROUND = torch.linspace(-1, 1, 7, dtype=torch.float64)
 
 
 class Mse(HistogramMethod):
@@ -54,14 +54,15 @@ class Mse(HistogramMethod):
 def _least(errors: Callable[[Tensor, Tensor], Tensor], both: bool) -> tuple[Tensor, Tensor]:
     """The parts of both extremes (or of the only one) at which the error is least."""
     one = torch.ones(1, dtype=torch.float64)
-    down, up = _pairs(_COARSE if both else one, _COARSE)
+    exponents, reaches = _TWO_ENDS if both else _ONE_END
+    down, up = _pairs(2.0**exponents if both else one, 2.0**exponents)
     best = errors(down, up).argmin()
-    down, up, reach = down[best, None], up[best, None], 0.5
-    for _ in range(_REFINEMENTS):
+    down, up = down[best, None], up[best, None]
+    for reach in reaches:
         near = 2.0 ** (_AROUND * reach)
         downs, ups = _pairs((down * near).clamp(max=1) if both else one, (up * near).clamp(max=1))
         best = errors(downs, ups).argmin()
-        down, up, reach = downs[best, None], ups[best, None], reach / 2
+        down, up = downs[best, None], ups[best, None]
     return down, up
 
 

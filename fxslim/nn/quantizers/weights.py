@@ -23,6 +23,8 @@ class WeightQuantizer(Phased):
     def __init__(self, config: WeightQuant, layout: WeightLayout, start_step: int = 0) -> None:
         super().__init__()
         self.config, self.layout, self.start_step = config, layout, start_step
+        # While ranges of activations are chosen, the model computes in float.
+        self.is_passing = False
         self._just_passed = False
 
     def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ class WeightQuantizer(Phased):
 
     def _is_on(self) -> bool:
         seen, enabled, _ = self.read_phase()
-        if not enabled:
+        if not enabled or self.is_passing:
             return False
         if seen >= self.start_step:
             return not self._is_repeated()
