@@ -11,7 +11,7 @@ from fxslim.ranges.method import HistogramMethod
 from fxslim.ranges.quantization_error import integer_grid, squared_error
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
-# Exponents of 2, down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer around the best.
+# Exponents of 2, down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer.
 _ONE_END = (torch.arange(61, dtype=torch.float64) / -8, (0.125,))
 _TWO_ENDS = (torch.arange(11, dtype=torch.float64) * -0.75, (0.5, 0.17, 0.06))
 _AROUND = torch.linspace(-1, 1, 7, dtype=torch.float64)
