@@ -48,7 +48,7 @@ def prepare_calibrated(base: nn.Module, example: Tensor, batches: Batches, bits:
     return model
 
 
-def simulated(model: nn.Module) -> nn.Module:
+def simulated(model: Any) -> nn.Module:
     """In floats on the grids: trained models as they trained, observed ones as its reference computes them."""
     from torch.ao.quantization import FakeQuantizeBase, disable_observer
     from torch.ao.quantization.quantize_fx import convert_to_reference_fx
@@ -59,7 +59,7 @@ def simulated(model: nn.Module) -> nn.Module:
     return convert_to_reference_fx(model)
 
 
-def converted(model: nn.Module) -> nn.Module:
+def converted(model: Any) -> nn.Module:
     """Computed in integers, by x86's kernels."""
     from torch.ao.quantization.quantize_fx import convert_fx
 
