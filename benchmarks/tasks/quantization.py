@@ -93,15 +93,16 @@ def arguments() -> argparse.Namespace:
 
 def head(options: argparse.Namespace) -> list[str]:
     text = f"""Letters in {len(CLASSES)} classes, 3x32x32, 60,000 training and 20,000 test images, generated
-    (`benchmarks/tasks/`). Test accuracy in percent of {options.seeds} trainings of the {options.net}, the mean, and
-    differences paired by training, with 95 % intervals (Student's t, n = {options.seeds}); a star marks those that
-    exclude 0. Trained: {options.epochs:g} epochs on the grids, all with the same optimizer, rates (up to a quarter of
-    the first training's) and images in the same order, "float, fine-tuned" too. Calibrated: on 2,000 training images,
-    nothing trained; torch.ao by histograms. Each layer is quantized, the first and the last too; weights per channel, activations in 8 bits per
-    tensor. torch.ao is graph mode (FX), convolutions fused with norms, fused observers; "- torch.ao": from the better
-    of its rows of the group. All means and differences are of simulated grids; the last column is the mean of
-    torch.ao's converted models, which compute in integers: where activations have 8 bits, additions of products may saturate on
-    a CPU without VNNI, which is why x86's have 7. Calibrated to 4 bits, its weights reach 8 on both sides."""
+    (`benchmarks/tasks/`). Test accuracy in percent of {options.seeds} trainings of the {options.net}, the mean,
+    and differences paired by training, with 95 % intervals (Student's t, n = {options.seeds}); a star marks those
+    that exclude 0. Trained: {options.epochs:g} epochs on the grids, all with the same optimizer, rates (up to a
+    quarter of the first training's) and images in the same order, "float, fine-tuned" too. Calibrated: on 2,000
+    training images, nothing trained; torch.ao by histograms. Each layer is quantized, the first and the last too;
+    weights per channel, activations in 8 bits per tensor. torch.ao is graph mode (FX), convolutions fused with
+    norms, fused observers; "- torch.ao": from the better of its rows of the group. All means and differences are
+    of simulated grids; the last column is the mean of torch.ao's converted models, which compute in integers:
+    where activations have 8 bits, additions of products may saturate on a CPU without VNNI, which is why x86's
+    have 7. Calibrated to 4 bits, its weights reach 8 on both sides."""
     return [
         f"# What quantization costs, {datetime.date.today()}", "", machine(), "",
         *textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False), "",
