@@ -102,7 +102,7 @@ def head(options: argparse.Namespace) -> list[str]:
     norms, fused observers; "- torch.ao": from the better of its rows of the group. All means and differences are
     of simulated grids; the last column is the mean of torch.ao's converted models, which compute in integers:
     where activations have 8 bits, additions of products may saturate on a CPU without VNNI, which is why x86's
-    have 7. Calibrated to 4 bits, its weights reach 8 on both sides."""
+    have 7. Its 4-bit weights are not clipped at 7 when converted, nor when calibrated: the largest become 8 or more."""
     return [
         f"# What quantization costs, {datetime.date.today()}", "", machine(), "",
         *textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False), "",
