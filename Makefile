@@ -75,9 +75,10 @@ memory: setup  ## peak memory of tracing and pruning beside one forward; writes 
 scaling: setup  ## CPU time as models grow to 1,000 layers; writes a dated report
 	$(PYTHON) -m benchmarks.models.scaling
 
-tasks: setup  ## rank pruning criteria and masks on a generated task (first: pip install torch-pruning==1.6.1); resumes; writes dated reports
+tasks: setup  ## rank pruning criteria, masks and quantization on a generated task (first: pip install torch-pruning==1.6.1); resumes; writes dated reports
 	$(PYTHON) -m benchmarks.tasks.compare
 	$(PYTHON) -m benchmarks.tasks.sparsity
+	$(PYTHON) -m benchmarks.tasks.quantization
 
 hessian: setup  ## pruning by second order beside the factors that it needs; writes a dated report
 	$(PYTHON) -m benchmarks.models.hessian_speed

@@ -4,7 +4,7 @@
 import ast
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:20]
 
 
+def code_digest(paths: Iterable[Path]) -> str:
+    """Of Python files; comments and formatting do not count."""
+    return digest(*(ast.dump(ast.parse(path.read_text())) for path in paths))
+
+
 def source_digest() -> str:
-    """Of the code that makes images, networks and training; comments and formatting do not count."""
-    return digest(*(ast.dump(ast.parse((Path(__file__).parent / name).read_text())) for name in SOURCES))
+    """Of the code that makes images, networks and training."""
+    return code_digest(Path(__file__).parent / name for name in SOURCES)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -45,11 +50,18 @@ class Memory:
         folder.mkdir(parents=True, exist_ok=True)
 
     def number(self, key: str, make: Callable[[], float]) -> float:
+        return float(self._kept(key, make))
+
+    def numbers(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Several that are made at once, by name."""
+        return {name: float(value) for name, value in self._kept(key, make).items()}
+
+    def _kept(self, key: str, make: Callable[[], Any]) -> Any:
         path = self.folder / f"{key}.json"
         if not path.exists():
             text = json.dumps(make())
             write_file(path, lambda temporary: temporary.write_text(text))
-        return float(json.loads(path.read_text()))
+        return json.loads(path.read_text())
 
     def weights(self, key: str, model: nn.Module, make: Callable[[nn.Module], object]) -> nn.Module:
         """The model with the weights that ``make`` gave it, now or in an earlier run."""
