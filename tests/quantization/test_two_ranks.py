@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized training under DistributedDataParallel: ranks see other data, and hold the same clips, scales, weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -13,34 +8,16 @@ from torch import nn
 import fxslim
 from fxslim.errors import UnsupportedLayerError
 from fxslim.nn import LinearQAT, MultiheadAttentionQAT
+from tests.process_pairs import run_two_ranks
 from tests.quantization.two_ranks import CASES, STEPS
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, torch.Tensor]]]]:
-    """What each of two processes saw. They meet in a file and talk over the loopback device."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    script, processes = ROOT / "tests/quantization/two_ranks.py", []
-    try:
-        for rank in range(2):
-            with (folder / f"{rank}.txt").open("w") as log:
-                command = [sys.executable, str(script), str(rank), str(folder / "meeting"), str(folder / f"{rank}.pt")]
-                processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "".join((folder / f"{rank}.txt").read_text() for rank in range(2))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    """What each of two processes saw."""
+    return run_two_ranks("tests/quantization/two_ranks.py", tmp_path_factory.mktemp("ranks"), SECONDS)
 
 
 # What was observed on a rank alone, before ranges are averaged, is its own; so are batch norm's statistics.
