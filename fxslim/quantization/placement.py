@@ -26,10 +26,10 @@ class _Demand:
 class Placement:
     """``inputs``: of layers, {layer: places}; ``outputs``: modules. In both, True where no value is below 0.
 
-    ``reached``: the layers that the forward called.
+    ``given``: layers whose input comes quantized.
     """
 
-    reached: tuple[str, ...]
+    given: frozenset[str]
     inputs: dict[str, dict[int, bool]]
     outputs: dict[str, bool]
     notes: tuple[str, ...] = ()
@@ -42,11 +42,10 @@ def place(flow: Dataflow, layers: Mapping[str, bool], target: Target) -> Placeme
     def demand(node: fx.Node) -> _Demand:
         return demands.setdefault(flow.source(node), _Demand())
 
-    made, reached = [], []
+    made = []
     for call in flow.recording.calls:
         if call.name in layers and flow.calls_of[call.name] == 1:
             made += [node for node in call.outputs[:1] if flow.is_product(node)]
-            reached.append(call.name)
             if not layers[call.name]:
                 for place_, node in enumerate(call.inputs):
                     demand(node).layers.append((call.name, place_))
@@ -57,7 +56,7 @@ def place(flow: Dataflow, layers: Mapping[str, bool], target: Target) -> Placeme
         for node in made:
             if not flow.is_held(flow.settled(node), demands):
                 demand(flow.settled(node)).operators.append(node)
-    return _placed(flow, demands, tuple(reached))
+    return _placed(flow, demands)
 
 
 def _demand_of_operators(flow: Dataflow, target: Target, demands: dict[fx.Node, _Demand]) -> None:
@@ -85,7 +84,8 @@ def _demand_of_residuals(flow: Dataflow, demands: dict[fx.Node, _Demand], made: 
                 demands.setdefault(flow.source(one), _Demand()).operators.append(node)
 
 
-def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand], reached: tuple[str, ...]) -> Placement:
+def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
+    given: set[str] = set()
     inputs: dict[str, dict[int, bool]] = {}
     outputs: dict[str, bool] = {}
     notes = []
@@ -95,6 +95,7 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand], reached: tuple[s
         giver = flow.givers.get(node)
         if giver is not None and (wanted.operators or len({layer for layer, _ in readers}) > 1):
             outputs[giver.name] = above
+            given |= {layer for layer, _ in readers}
             continue
         for layer, number in readers:
             inputs.setdefault(layer, {})[number] = above
@@ -105,4 +106,5 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand], reached: tuple[s
                 f"a {operator_of(node) or 'tensor'} in {where} stays in float for {what}: no module that is called "
                 "once gives it; make it the result of a module of its own"
             )
-    return Placement(reached=reached, inputs=inputs, outputs=outputs, notes=tuple(dict.fromkeys(notes)))
+    unique = tuple(dict.fromkeys(notes))
+    return Placement(given=frozenset(given - inputs.keys()), inputs=inputs, outputs=outputs, notes=unique)

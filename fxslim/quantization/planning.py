@@ -176,14 +176,13 @@ class _Placed:
 
     def take(self, placement: Placement) -> None:
         """Layers whose input comes quantized do not quantize it again; outputs of layers are their own."""
-        for name in placement.reached:
-            config = self.configs[name]
+        self.given = set(placement.given)
+        for name, config in self.configs.items():
             if config.activation is None or self.layers[name].user is not None:
                 continue
-            places = placement.inputs.get(name)
-            if not places:
-                self.given.add(name)
-            activation = _lower_end(config.activation, all(places.values())) if places else None
+            places = placement.inputs.get(name, {})
+            above = bool(places) and all(places.values())
+            activation = None if name in self.given else _lower_end(config.activation, above)
             self.configs[name] = replace(config, activation=activation)
         for name, above in placement.outputs.items():
             config_of = self.configs.get(name)

@@ -131,6 +131,19 @@ def test_a_tensor_without_a_module_is_told() -> None:
     )
 
 
+def test_a_layer_that_reads_a_parameter_quantizes_it_itself() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.layer, self.other = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.queries) @ self.other(x).T
+
+    plan = plan_quantization(Queries(), example_inputs=torch.randn(2, 4))
+    assert all(one.config.activation is not None and not one.is_given for one in plan.layers)
+
+
 def test_first_and_last_layer_and_overrides() -> None:
     plan = plan_quantization(
         resnet18(), "w4a4", first="int8", last="float", overrides={"layer1*": "w4a8"}, example_inputs=X
