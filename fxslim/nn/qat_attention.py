@@ -27,6 +27,7 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
     """
 
     float_class, masked_class = nn.MultiheadAttention, MaskedMultiheadAttention
+    is_fused_by_torch = True
     input_names = ("input", "key", "value")
 
     def start_quantizing(self, config: QuantConfig) -> None:

@@ -16,3 +16,4 @@ class LinearQAT(QuantizedLayer, MaskedLinear):
     """
 
     float_class, masked_class = nn.Linear, MaskedLinear
+    is_fused_by_torch = True

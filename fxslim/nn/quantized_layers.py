@@ -37,6 +37,8 @@ class QuantizedLayer(MaskedWeights):
     masked_class: ClassVar[type[nn.Module] | None] = None
     # Inputs that have quantizers of their own.
     input_names: ClassVar[tuple[str, ...]] = ("input",)
+    # Whether torch has layers that read the weights of such a layer themselves.
+    is_fused_by_torch: ClassVar[bool] = False
     # How many dims inputs have; None, any number.
     input_dims: ClassVar[int | None] = None
 
@@ -91,7 +93,7 @@ class QuantizedLayer(MaskedWeights):
         self.name_quantizers(type(self).__name__)
         for quantizer in self.quantizers().values():
             quantizer.train(self.training)
-        if refresh_if_due not in self._forward_pre_hooks.values():
+        if self.is_fused_by_torch and refresh_if_due not in self._forward_pre_hooks.values():
             # Torch's fused encoder layers read plain weights, unless there is a hook.
             self.register_forward_pre_hook(refresh_if_due)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxslim
 from fxslim.graph.inputs import as_inputs
-from fxslim.sparsity.maskable_weights import find_users
+from fxslim.graph.weight_users import find_users
 
 Forward = Callable[[Any, Tensor], Tensor]
 USED: dict[str, Forward] = {

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import CalibrationError
-from fxslim.kernels import fake_quantize, observe_fake_quantize
+from fxslim.kernels import fake_quantize
+from fxslim.kernels.arguments import lies_channels_last, math_dtype
+from fxslim.kernels.observed_fake_quantization import never_clips
 from fxslim.kernels.quantization_grid import grid_from_range
 from fxslim.nn.quantizers.activations import ActivationQuantizer
 from fxslim.nn.quantizers.phases import is_recomputed, set_buffers
@@ -59,9 +61,14 @@ class MinMaxActivations(StaticActivations):
 
     def observed(self, x: Tensor) -> tuple[Tensor, ...]:
         """x on the grid of the new range, that range, and the grid."""
-        config, low, high = self.config, self.range_min, self.range_max
-        averaging, symmetric = config.averaging, self.symmetric
-        return observe_fake_quantize(x, low, high, *config.grid, averaging=averaging, symmetric=symmetric)
+        # The operator itself: what its wrapper checks was checked with the config.
+        config, dtype = self.config, math_dtype(x)
+        low, high = self.range_min.to(dtype), self.range_max.to(dtype)
+        save_mask = torch.is_grad_enabled() and x.requires_grad and not never_clips(config.averaging, self.symmetric)
+        outputs = torch.ops.fxslim.observe_fake_quantize.default(
+            x, low, high, *config.grid, config.averaging, self.symmetric, None, lies_channels_last(x), save_mask
+        )
+        return outputs[:5]
 
     def grid_over(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a range."""

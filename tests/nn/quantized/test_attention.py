@@ -88,19 +88,21 @@ def test_with_quantized_weights(case: tuple[nn.MultiheadAttention, dict[str, Any
 
 
 def test_each_input_has_a_quantizer() -> None:
-    """What is the same tensor is quantized once, by that of the query."""
+    """What is the same tensor is quantized once, by that of the query; the others see it, and have a range too."""
     config = QuantConfig(weight=None, activation=ActivationQuant(calibration="min_max"))
-    layer: Any = MultiheadAttentionQAT(8, 2, config=config)
     x, memory = torch.randn(3, 2, 8), 5 * torch.randn(4, 2, 8)
-    layer(x, x, x)
-    seen = [layer.input_quantizer.batches_seen, layer.key_quantizer.batches_seen, layer.value_quantizer.batches_seen]
-    assert seen == [1, 0, 0]
-    layer(x, memory, memory)
-    assert layer.key_quantizer.clip_max.item() == pytest.approx(memory.max().item())
-    assert not layer.value_quantizer.is_calibrated
-    layer(x, memory, memory.clone())
-    assert layer.value_quantizer.is_calibrated
-    assert layer.out_proj.input_quantizer.is_calibrated
+    for inputs in ((x, x, x), (x, memory, memory), (x, memory, 2 * memory)):
+        layer: Any = MultiheadAttentionQAT(8, 2, config=config)
+        layer(*inputs)
+        quantizers = (layer.input_quantizer, layer.key_quantizer, layer.value_quantizer)
+        for quantizer, x_ in zip(quantizers, inputs, strict=True):
+            assert quantizer.clip_max.item() == pytest.approx(x_.max().item())
+        met: list[Any] = []
+        for quantizer in quantizers:
+            quantizer.register_forward_hook(lambda module, *_, met=met: met.append(module))
+        layer(*inputs)
+        assert len(met) == len({id(x_) for x_ in inputs})
+        assert layer.out_proj.input_quantizer.is_calibrated
 
 
 @pytest.mark.parametrize("vdim", [None, 6])
