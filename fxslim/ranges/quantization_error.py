@@ -29,7 +29,11 @@ def squared_error(edges: Tensor, counts: Tensor, first: Tensor, step: Tensor, nu
 
 
 class _Moments:
-    """Sums of 1, x and x**2 up to any point: what is between two midpoints goes to the point between them."""
+    """How much lies below a point, and its mean times that: all that a sum over neighbouring points needs.
+
+    With N and M those two at the middles between points, and ``last`` the last point, the squared distances sum to
+    ``sum (x - last) ** 2 + 2 * step * sum (M - middle * N)``.
+    """
 
     def __init__(self, edges: Tensor, counts: Tensor) -> None:
         lower, upper, width = edges[:-1], edges[1:], edges.diff()
@@ -37,20 +41,33 @@ class _Moments:
         self.edges = edges
         self.density = torch.where(width > 0, weights / width, torch.zeros_like(weights))
         means = (torch.ones_like(weights), (lower + upper) / 2, (lower**2 + lower * upper + upper**2) / 3)
-        self.sums = [torch.nn.functional.pad((weights * mean).cumsum(0), (1, 0)) for mean in means]
+        self.totals = [(weights * mean).sum() for mean in means]
+        # What is below a point x of bin k: offsets[k] + density[k] * x, and the same of the means with x**2 / 2.
+        self.offsets = [
+            torch.nn.functional.pad((weights * mean).cumsum(0)[:-1], (1, 0)) - self.density * lower**power / power
+            for power, mean in enumerate(means[:2], 1)
+        ]
+        inner = width[1:-1]
+        self.width = inner[0] if inner.numel() and bool((inner == inner[0]).all()) else None
 
     def error(self, first: Tensor, step: Tensor, num_points: int) -> Tensor:
-        points = first + step * torch.arange(num_points, dtype=torch.float64)
-        middles = (points[:, 1:] + points[:, :-1]) / 2
-        k = (torch.searchsorted(self.edges, middles, right=True) - 1).clamp_(0, self.density.numel() - 1)
-        inside = torch.minimum(torch.maximum(middles, self.edges[0]), self.edges[-1])
-        lower, density = self.edges[k], self.density[k]
-        parts = []
-        for power, sums in enumerate(self.sums, 1):
-            upto = sums[k] + density * (inside**power - lower**power) / power
-            upto = torch.where(middles >= self.edges[-1], sums[-1], upto)
-            parts.append(torch.nn.functional.pad(upto, (1, 0)).diff(append=sums[-1:].expand(len(points), 1)))
-        return (parts[2] - 2 * points * parts[1] + points**2 * parts[0]).sum(1)
+        middles = first + step * (torch.arange(num_points - 1, dtype=torch.float64) + 0.5)
+        inside = middles.clamp(self.edges[0], self.edges[-1])
+        k, density = self._bins_of(inside), self.density
+        density = density[k]
+        below = self.offsets[0][k].addcmul_(density, inside)
+        moment = self.offsets[1][k].addcmul_(density, inside.square_(), value=0.5)
+        last = first[:, 0] + step[:, 0] * (num_points - 1)
+        whole = self.totals[2] - 2 * last * self.totals[1] + last**2 * self.totals[0]
+        return whole + 2 * step[:, 0] * moment.addcmul_(middles, below, value=-1).sum(1)
+
+    def _bins_of(self, points: Tensor) -> Tensor:
+        if self.width is None:
+            found = torch.searchsorted(self.edges, points, right=True) - 1
+        else:
+            # The first and the last bin may be narrower than the others, which lie evenly.
+            found = ((points - self.edges[1]) / self.width + 1).floor_().long()
+        return found.clamp_(0, self.density.numel() - 1)
 
 
 class _Bins:
