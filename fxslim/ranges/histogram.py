@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.kernels import observe_histogram, observe_min_max
-from fxslim.ranges.bin_grid import grid_of_bins, moved_counts
+from fxslim.ranges.bin_grid import grid_of_bins, moved_counts, numbers_of_grid
 from fxslim.ranges.finite_data import check_seen, num_not_finite
 
 
@@ -78,9 +78,11 @@ class Histogram:
             return self
         x = x.detach()
         seen = self.to(x.device)
-        if x.device.type == "cpu" and seen.num_seen > 0:
-            counts, low, high = observe_histogram(x, *seen._ends(), seen.bins)
-            if seen._ends()[0] <= low and high < seen._ends()[1]:
+        if x.device.type == "cpu" and seen.num_seen.item() > 0:
+            start, width = seen.start.item(), seen.width.item()
+            first, last = start * width, (start + seen.bins) * width
+            counts, low, high = observe_histogram(x, first, last, seen.bins)
+            if first <= low.item() and high.item() < last:
                 return replace(seen, counts=seen.counts + counts, num_seen=seen.num_seen + x.numel())._over(low, high)
         else:
             low, high = observe_min_max(x)
@@ -127,13 +129,16 @@ class Histogram:
     def _ends(self) -> tuple[Tensor, Tensor]:
         return self.start * self.width, (self.start + self.bins) * self.width
 
+    def _numbers(self) -> tuple[int, float]:
+        return int(self.start.item()), self.width.item()
+
     def _over(self, low: Tensor, high: Tensor) -> Histogram:
         """The same counts on the grid of a range that holds [low, high] too."""
         dtype = torch.promote_types(self.low.dtype, low.dtype)
         low = torch.minimum(self.low.to(dtype), low.to(self.low.device, dtype))
         high = torch.maximum(self.high.to(dtype), high.to(self.high.device, dtype))
-        start, width = grid_of_bins(low.double(), high.double(), self.bins)
-        if start.device.type == "cpu" and start == self.start and width == self.width:
+        if low.device.type == "cpu" and numbers_of_grid(low.item(), high.item(), self.bins) == self._numbers():
             return replace(self, low=low, high=high)
+        start, width = grid_of_bins(low.double(), high.double(), self.bins)
         counts = moved_counts(self.counts, self.start, self.width, start, width)
         return replace(self, counts=counts, start=start, width=width, low=low, high=high)
