@@ -10,13 +10,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
+from fxslim.errors import CalibrationError, ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
 from fxslim.nn.norm_folding import folded_scale
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quant_dialects import as_quant_config
 from fxslim.nn.quantizers import ActivationQuantizer, Phased, WeightQuantizer, activation_quantizer, weight_quantizer
+from fxslim.nn.quantizers.onnx_lowering import is_lowering
+from fxslim.nn.quantizers.real_values import real_twin, without_modes
+from fxslim.nn.quantizers.stored_weights import StoredWeight
 from fxslim.nn.remade_weights import note_made, weights_made_again
 from fxslim.patterns.weight_layout import layout_of
 
@@ -121,8 +124,14 @@ class QuantizedLayer(MaskedWeights):
         return {name: module for name, module in self._modules.items() if isinstance(module, Phased)}
 
     def computed(self, name: str = "weight") -> Tensor:
-        weight = self.masked(name)
         quantizer = self._modules.get(name + _SUFFIX)
+        if isinstance(quantizer, StoredWeight):
+            return quantizer()
+        if quantizer is not None and is_lowering():
+            with without_modes():
+                kept = stored_weight(self, name)
+            return self.masked(name) if kept is None else kept()
+        weight = self.masked(name)
         if quantizer is None:
             return weight
         folded = self.__dict__.get("_folded")
@@ -193,6 +202,22 @@ class QuantizedLayer(MaskedWeights):
             )
         quantizer: Any = self._modules[found[0] + _SUFFIX]
         return quantizer.grid_of(self.masked(found[0]))
+
+
+def stored_weight(layer: QuantizedLayer, name: str) -> StoredWeight | None:
+    """What the quantizer of this weight makes of it now; None where it is switched off."""
+    quantizer = layer._modules[name + _SUFFIX]
+    assert isinstance(quantizer, WeightQuantizer)
+    if not quantizer.enabled:
+        return None
+    if quantizer.batches_seen < quantizer.start_step:
+        raise CalibrationError(
+            f"{quantizer.described()} is not quantized yet: it has seen {quantizer.batches_seen} of "
+            f"start_step={quantizer.start_step} training batches: train on"
+        )
+    folded = layer.__dict__.get("_folded")
+    factors = None if folded is None else folded_scale(real_twin(folded[0]))
+    return StoredWeight(real_twin(quantizer), real_twin(layer).masked(name).detach(), factors)
 
 
 def strip_quantizers(layer: nn.Module) -> None:
