@@ -31,8 +31,11 @@ def settle(model: ir.Model) -> ir.Model:
     """
     for once in _ONCE_BEFORE:
         once(model)
-    while any([repeated(model) for repeated in _REPEATED]):
-        pass
+    changed = True
+    while changed:
+        changed = False
+        for repeated in _REPEATED:
+            changed |= repeated(model)
     for once in _ONCE_BEHIND:
         once(model)
     return model

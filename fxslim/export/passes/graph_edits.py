@@ -38,8 +38,7 @@ def dims_of(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
 class GraphEdit:
     """Edits of one graph, with names that are new to it.
 
-    What is made is written right behind or before a node that exists, so that the order stays one in which all inputs
-    are there.
+    What is made is written right behind or before a node that exists: the order stays one in which inputs come first.
     """
 
     def __init__(self, model: ir.Model) -> None:

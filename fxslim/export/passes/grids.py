@@ -55,7 +55,7 @@ def is_operator(node: ir.Node | None, *names: str) -> bool:
 
 def grid_of(node: ir.Node | None) -> Grid | None:
     """The grid of a Q or DQ node; None where it is no such node, has several scales, or is not made of constants."""
-    if not is_operator(node, "QuantizeLinear", "DequantizeLinear"):
+    if node is None or not is_operator(node, "QuantizeLinear", "DequantizeLinear"):
         return None
     scale = array_of(node.inputs[1])
     if scale is None or scale.size != 1 or str(scale.dtype) != "float32":
@@ -97,7 +97,7 @@ def grid_of_value(value: ir.Value | None) -> Grid | None:
 def constant_weight(value: ir.Value | None) -> tuple[ir.Node, np.ndarray, np.ndarray] | None:
     """The DQ node, the integers and the scales of a weight that is stored in 8 bits around 0; None for other values."""
     node = None if value is None else value.producer()
-    if not is_operator(node, "DequantizeLinear"):
+    if node is None or not is_operator(node, "DequantizeLinear"):
         return None
     integers, scale = array_of(node.inputs[0]), array_of(node.inputs[1])
     point = array_of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
@@ -131,13 +131,12 @@ class Pairs:
 
     def put_behind(self, value: ir.Value, grid: Grid) -> ir.Value:
         """Let all who read a value read it through a new pair; the dequantized value."""
-        found = self._edit_behind(value, grid)
-        quantized, pair = found
+        quantize, pair = self._made_behind(value, grid)
         self._edit.hand_over(value, pair)
-        quantized.replace_input_with(0, value)
+        quantize.replace_input_with(0, value)
         return pair
 
-    def _edit_behind(self, value: ir.Value, grid: Grid) -> tuple[ir.Node, ir.Value]:
+    def _made_behind(self, value: ir.Value, grid: Grid) -> tuple[ir.Node, ir.Value]:
         import onnx_ir as ir
 
         maker = value.producer()
@@ -155,5 +154,5 @@ class Pairs:
         """Let one node read one of its inputs through a new pair."""
         value = node.inputs[index]
         assert value is not None
-        _, pair = self._edit_behind(value, grid)
+        _, pair = self._made_behind(value, grid)
         node.replace_input_with(index, pair)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fxslim.export.passes.graph_edits import GraphEdit, readers
@@ -19,46 +20,39 @@ def merge_pairs(model: ir.Model) -> bool:
     Runtimes look for exactly one Q behind an operator, so two of the same grid behind one value become one as well.
     """
     edit = GraphEdit(model)
-    for node in list(model.graph):
+    order = {node: number for number, node in enumerate(model.graph)}
+    for node in order:
         if is_operator(node, "QuantizeLinear"):
-            _merge_quantized(edit, node)
-        elif is_operator(node, "DequantizeLinear"):
-            _merge_twins(edit, node)
+            _skip(edit, node)
+        if is_operator(node, "QuantizeLinear", "DequantizeLinear"):
+            _merge_twins(edit, node, order)
     _remove_unread(edit)
     return edit.changed
 
 
-def _merge_quantized(edit: GraphEdit, node: ir.Node) -> None:
-    grid = grid_of(node)
-    value, result = node.inputs[0], node.outputs[0]
-    if grid is None or value is None or result.is_graph_output():
+def _skip(edit: GraphEdit, node: ir.Node) -> None:
+    """Let those who read what was dequantized and quantized again read the integers of before."""
+    grid, value, result = grid_of(node), node.inputs[0], node.outputs[0]
+    maker = None if value is None else value.producer()
+    if grid is None or maker is None or grid_of_value(value) != grid or result.is_graph_output():
         return
-    if grid_of_value(value) == grid:
-        dequantize = value.producer()
-        assert dequantize is not None
-        integers = dequantize.inputs[0]
-        assert integers is not None
-        if result.uses():
-            edit.hand_over(result, integers)
-        return
-    _merge_twins(edit, node)
+    integers = maker.inputs[0]
+    if integers is not None and result.uses():
+        edit.hand_over(result, integers)
 
 
-def _merge_twins(edit: GraphEdit, node: ir.Node) -> None:
+def _merge_twins(edit: GraphEdit, node: ir.Node, order: Mapping[ir.Node, int]) -> None:
     """Let nodes of the same grid behind one value be one: the first."""
-    grid = grid_of(node)
-    value = node.inputs[0]
+    grid, value = grid_of(node), node.inputs[0]
     if grid is None or value is None or not node.outputs[0].uses():
         return
-    for twin, index in readers(value):
-        if twin is node or index != 0 or twin.op_type != node.op_type or twin.graph is not node.graph:
-            continue
-        if not twin.outputs[0].is_graph_output() and twin.outputs[0].uses() and _grid_as(twin, node) == grid:
-            edit.hand_over(twin.outputs[0], node.outputs[0])
-
-
-def _grid_as(twin: ir.Node, node: ir.Node) -> Grid | None:
-    return grid_of(twin) if is_operator(twin, node.op_type) else None
+    twins = [twin for twin, index in readers(value) if index == 0 and twin in order and is_operator(twin, node.op_type)]
+    twins = [twin for twin in twins if grid_of(twin) == grid]
+    first = min(twins, key=order.__getitem__)
+    for twin in twins:
+        result = twin.outputs[0]
+        if twin is not first and result.uses() and not result.is_graph_output():
+            edit.hand_over(result, first.outputs[0])
 
 
 def _remove_unread(edit: GraphEdit) -> None:

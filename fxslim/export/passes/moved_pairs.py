@@ -2,12 +2,13 @@
 """Pairs of Q and DQ stand on both sides of what moves values: behind the operator that computed the tensor, and at each
 place where the tensor goes on.
 
-A runtime with integer kernels takes ``DQ -> operator -> Q`` for one operator. Conv, MaxPool, Q is no such thing: neither
-of the two has a Q and a DQ of its own. Numbers stay the same to the last bit (see ``moving``).
+A runtime with integer kernels takes ``DQ -> operator -> Q`` for one operator. Conv, MaxPool, Q is no such thing:
+neither of the two has a Q and a DQ of its own. Numbers stay the same to the last bit (see ``moving``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fxslim.export.passes.graph_edits import GraphEdit, array_of, readers
@@ -22,8 +23,11 @@ def move_pairs(model: ir.Model) -> bool:
     """Whether anything changed."""
     edit = GraphEdit(model)
     pairs = Pairs(edit)
-    _put_before(model, pairs)
-    _put_behind(model, pairs)
+    wanted = wanted_grids(model)
+    for node in list(model.graph):
+        if is_moving(node):
+            _put_before(node, wanted, pairs)
+            _put_behind(node, wanted, pairs)
     return edit.changed
 
 
@@ -54,42 +58,35 @@ def _note(value: ir.Value, wanted: dict[ir.Value, Grid], unread: set[ir.Value]) 
         wanted[value] = grid
 
 
-def _put_before(model: ir.Model, pairs: Pairs) -> None:
-    """From what is quantized after it was moved, up to what made it."""
-    wanted = wanted_grids(model)
-    for node in list(model.graph):
-        places = moved_inputs(node)
-        grid = wanted.get(node.outputs[0]) or next((wanted[out] for out in node.outputs if out in wanted), None)
-        if not places or grid is None or any(wanted.get(out, grid) != grid for out in node.outputs):
+def _put_before(node: ir.Node, wanted: Mapping[ir.Value, Grid], pairs: Pairs) -> None:
+    """What is quantized after it was moved is quantized before: behind what made it, or at a part that others read."""
+    read = [result for result in node.outputs if result.uses() or result.is_graph_output()]
+    grids = {wanted.get(result) for result in read}
+    if len(grids) != 1 or (grid := grids.pop()) is None:
+        return
+    for index in moved_inputs(node):
+        value = node.inputs[index]
+        if value is None or grid_of_value(value) is not None:
             continue
-        if any(out not in wanted and (out.uses() or out.is_graph_output()) for out in node.outputs):
-            continue
-        for index in places:
-            value = node.inputs[index]
-            if value is None or grid_of_value(value) is not None:
-                continue
-            if value in wanted:
-                if not is_moving(value.producer()):
-                    pairs.put_behind(value, grid)
-            elif is_operator(node, "Concat"):
-                pairs.put_at(node, index, grid)
+        if value in wanted:
+            pairs.put_behind(value, grid)
+        elif is_operator(node, "Concat"):
+            pairs.put_at(node, index, grid)
 
 
-def _put_behind(model: ir.Model, pairs: Pairs) -> None:
-    """From what is dequantized and then moved, on to those who read it."""
-    wanted = wanted_grids(model)
-    for node in list(model.graph):
-        grids = {grid_of_value(node.inputs[index]) for index in moved_inputs(node)}
-        if not grids or None in grids or _is_constant(node):
-            continue
-        # Parts of several grids are joined on the grid that the whole goes on with.
-        grid = grids.pop() if len(grids) == 1 else wanted.get(node.outputs[0])
-        if grid is None:
-            continue
-        for value in node.outputs:
-            others = [reader for reader, index in readers(value) if quantizing(reader, index) != grid]
-            if others or value.is_graph_output():
-                pairs.put_behind(value, grid)
+def _put_behind(node: ir.Node, wanted: Mapping[ir.Value, Grid], pairs: Pairs) -> None:
+    """What is dequantized and then moved is on the grid for those who read it next."""
+    grids = {grid_of_value(node.inputs[index]) for index in moved_inputs(node)}
+    if None in grids or _is_constant(node):
+        return
+    # Parts of several grids are joined on the grid that the whole goes on with.
+    grid = grids.pop() if len(grids) == 1 else wanted.get(node.outputs[0])
+    if grid is None:
+        return
+    for value in node.outputs:
+        others = [reader for reader, index in readers(value) if quantizing(reader, index) != grid]
+        if others or value.is_graph_output():
+            pairs.put_behind(value, grid)
 
 
 def _is_constant(node: ir.Node) -> bool:

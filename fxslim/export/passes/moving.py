@@ -2,10 +2,10 @@
 """Operators that move values, or pick some of them: what was on a grid stays on it, and quantizing before is the same
 as quantizing behind.
 
-With Q and DQ of one grid, ``f(x) = DQ(Q(x))`` works on each value alone and never decreases. So it can trade places with
-what only copies values (views, Slice, Gather, Concat, ...) and with a largest value (MaxPool, ReduceMax); and
-``f(f(x)) == f(x)``: an integer n below 2**16 gives n * scale and back within 2 roundings of float32, far less than half
-a step. Padding with 0 adds a value of the grid; the padding of MaxPool is the lowest value, before and behind.
+With Q and DQ of one grid, ``f(x) = DQ(Q(x))`` works on each value alone and never decreases. So it can trade places
+with what only copies values (views, Slice, Gather, Concat, ...) and with a largest value (MaxPool, ReduceMax); and
+``f(f(x)) == f(x)``: an integer n below 2**16 gives n * scale and back within two roundings of float32, far less than
+half a step. Padding with 0 adds a value of the grid. NaN is left out: ONNX does not say which integer it becomes.
 """
 
 from __future__ import annotations

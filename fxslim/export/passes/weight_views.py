@@ -45,8 +45,8 @@ def turn_weights(model: ir.Model) -> bool:
 
 
 def separate_zero_points(model: ir.Model) -> bool:
-    """Whether anything changed. ONNX Runtime's exact mode for x86 (``session.x64quantprecision``) rewrites the zero point
-    of each int8 weight, and fails to load a file where two weights share one.
+    """Whether anything changed. ONNX Runtime's exact mode for x86 (``session.x64quantprecision``) rewrites the zero
+    point of each int8 weight, and fails to load a file where two weights share one.
     """
     edit = GraphEdit(model)
     for value in list(model.graph.initializers.values()):
