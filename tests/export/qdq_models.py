@@ -72,7 +72,9 @@ def run(model, **inputs):
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def one_layer(kind: str, *, dtype="int8", scale=0.125, zero_point=0, weight_scale=0.25, bias=None, groups=1, seed=0, size=5):
+def one_layer(
+    kind: str, *, dtype="int8", scale=0.125, zero_point=0, weight_scale=0.25, bias=None, groups=1, seed=0, size=5
+):
     """Input, weight and perhaps a bias (int32 or float32 array, one per channel) of one quantized layer."""
     rng, new = np.random.default_rng(seed), QdqBuilder()
     x = new.activation("x", scale, zero_point, dtype)
