@@ -49,7 +49,16 @@ def onnx_model(
     except Exception as error:
         raise _explained(error, inputs, dynamic_shapes) from error
     assert program is not None
+    if output_names is None:
+        _name_outputs(program.model.graph)
     return program.model
+
+
+def _name_outputs(graph: Any) -> None:
+    """Names of their own for outputs that a quantizer gives, which have none that would say anything."""
+    for number, output in enumerate(graph.outputs):
+        if output.name is None or output.name.startswith("_symbolic"):
+            output.name = "output" if len(graph.outputs) == 1 else f"output_{number}"
 
 
 def _explained(error: Exception, inputs: Inputs, dynamic_shapes: Any) -> Exception:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an ONNX file computes what a model does: ONNX Runtime beside torch on the same inputs."""
 
+import copy
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,15 @@ class OutputAgreement:
 class OnnxVerification:
     """How far ONNX Runtime is from torch, over all inputs.
 
-    ``outputs``: with exact integer products. ``relative_here``: the largest relative L2 error of the runtime as it is
-    on this machine; larger where ``saturates``, since processors without VNNI sum pairs of products in 16 bits.
+    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, relative L2: a value
+    between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
+    ``relative_here``: of the runtime as it is on this machine; larger where ``saturates``, since processors without
+    VNNI sum pairs of products in 16 bits.
     """
 
     path: str
     outputs: tuple[OutputAgreement, ...]
+    rounding: float
     relative_here: float
     saturates: bool
 
@@ -65,6 +69,7 @@ class OnnxVerification:
                 f"  {one.name}: relative L2 {one.relative:.2g}, largest difference {one.largest:.3g}{steps}, "
                 f"same argmax {one.argmax:.2%}"
             )
+        lines.append(f"  torch in float64 differs from itself by {self.rounding:.2g}")
         if self.saturates:
             lines.append(
                 f"  on this processor, which has no VNNI, relative L2 {self.relative_here:.2g}: sums of two products may "
@@ -81,10 +86,8 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
     path = Path(path)
     exact, here = (_session(path, exact=exact) for exact in (True, False))
     examples = as_inputs(inputs)
-    wanted, got, got_here = [], [], []
+    wanted, got, got_here = _outputs(model, examples), [], []
     for one in examples:
-        with undisturbed(model, training=False), torch.no_grad():
-            wanted.append([value.detach().cpu() for value in output_tensors(one.copied().run(model))])
         feed = _feed(exact, path, one)
         got.append(_run(exact, path, feed))
         got_here.append(_run(here, path, feed))
@@ -98,8 +101,30 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
         default=0.0,
     )
     return OnnxVerification(
-        path=str(path), outputs=tuple(outputs), relative_here=relative_here, saturates=not has_exact_products()
+        path=str(path),
+        outputs=tuple(outputs),
+        rounding=_rounding(model, examples, wanted),
+        relative_here=relative_here,
+        saturates=not has_exact_products(),
     )
+
+
+def _outputs(model: nn.Module, examples: list[Inputs]) -> list[list[Tensor]]:
+    found = []
+    for one in examples:
+        with undisturbed(model, training=False), torch.no_grad():
+            found.append([value.detach().cpu() for value in output_tensors(one.copied().run(model))])
+    return found
+
+
+def _rounding(model: nn.Module, examples: list[Inputs], wanted: list[list[Tensor]]) -> float:
+    """The model in float64 beside itself; 0 where its code knows only one precision."""
+    try:
+        precise = _outputs(copy.deepcopy(model).double(), [one.in_double() for one in examples])
+    except Exception:
+        return 0.0
+    columns = zip(zip(*wanted, strict=False), zip(*precise, strict=False), strict=False)
+    return max((_relative(list(one), list(other)) for one, other in columns), default=0.0)
 
 
 def has_exact_products() -> bool:
@@ -165,7 +190,10 @@ def _agreement(name: str, wanted: list[Tensor], got: list[Tensor], step: float |
     for one, other in zip(wanted, got, strict=True):
         if one.shape != other.shape:
             raise ExportError(f"output {name} is {tuple(other.shape)}, the model's is {tuple(one.shape)}")
-    largest = max((float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, got, strict=True) if a.numel()), default=0.0)
+    largest = max(
+        (float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, got, strict=True) if a.numel()),
+        default=0.0,
+    )
     rows = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(wanted, got, strict=True) if a.dim() > 1 and a.numel()]
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in rows]) if rows else torch.ones(1)
     return OutputAgreement(
