@@ -124,7 +124,8 @@ def _assemble(new: RebuiltGraph) -> Any:
     graph = model.graph
     graph.name, graph.doc_string = old.graph.name, old.graph.doc_string
     graph.node.extend(new.nodes)
-    graph.initializer.extend(new.constants.values())
+    for name in list(new.constants):  # one at a time: together they can be gigabytes, twice
+        graph.initializer.append(new.constants.pop(name))
     graph.input.extend(info for info in old.graph.input if info.name not in old.initializers)
     graph.output.extend(old.graph.output)
     for output in graph.output:

@@ -239,6 +239,18 @@ def test_a_quantized_constant_that_no_layer_reads_stays_float() -> None:
         np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
 
 
+def test_a_layer_with_a_float_weight_stays_float_and_says_so(caplog) -> None:
+    new = QdqBuilder()
+    new.node("MatMul", [new.activation("x", 0.5, 3), new.constant("w", np.float32([[0.1], [0.2], [0.3]]))], "y")
+    model = new.model({"x": ("float32", [2, 3])}, {"y": ("float32", [2, 1])})
+    fake, deploy = converted(model)
+    assert "MatMul 'y_node' stays in float: its input is quantized, its weight is not" in caplog.text
+    assert [node.op_type for node in deploy.graph.node] == ["AscendQuant", "AscendAntiQuant", "MatMul"]
+    x = np.float32([[1, 2, 3], [4, 5, 6]])
+    for form in (fake, simulate(deploy)):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
 def test_two_layers_share_a_weight_and_an_input() -> None:
     new = QdqBuilder()
     x = new.activation("x", 0.5)

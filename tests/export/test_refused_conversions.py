@@ -72,10 +72,6 @@ def weight_alone(new: QdqBuilder) -> None:
     new.node("MatMul", ["x", new.stored("w", EYE, 1.0)], "y")
 
 
-def input_alone(new: QdqBuilder) -> None:
-    new.node("MatMul", [new.activation("x", 0.5), new.constant("w", np.eye(2, dtype=np.float32))], "y")
-
-
 def gemm(bias: object = None, **attributes) -> Callable[[], onnx.ModelProto]:
     def build(new: QdqBuilder) -> None:
         inputs = [new.activation("x", 0.5), new.stored("w", EYE, 1.0)]
@@ -155,7 +151,6 @@ REFUSED = {
     "scales do not fit": (weight(EYE, scale=[1.0, 2.0, 3.0], axis=0), r"3 scales along axis 0 .* shape \[2, 2\]"),
     "two activations": (built(two_activations), r"second input 'r_dq' is an activation; .* leave both inputs in float"),
     "weight alone": (built(weight_alone), r"its weight is quantized, but its input is not; .* skip this layer"),
-    "input alone": (built(input_alone), r"its input is quantized, but its weight is not"),
     "alpha": (gemm(alpha=0.5), r"alpha=0.5, but integers need alpha=1.0"),
     "transA": (gemm(transA=1), r"transA=1, but integers need transA=0"),
     "computed bias": (gemm(bias=True), r"its bias 'b' is computed, expected a constant"),
