@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fxslim.errors import ExportError
-from fxslim.export.graph_lookups import Array, GraphLookups, attributes, describe, permutation
+from fxslim.export.graph_lookups import Array, GraphLookups, attribute_values, describe, permutation
 
 LOW, HIGH = -128, 127
 
@@ -72,7 +72,7 @@ def read_grid(graph: GraphLookups, node: Any, dtype: str | None = None) -> Grid:
         usable &= np.isfinite(np.float32(1) / scale)
     if not usable.all():
         raise ExportError(f"{describe(node)}: scale {scale[~usable][0]!r} has no finite reciprocal; calibrate it again")
-    found = attributes(node)
+    found = attribute_values(node)
     if found.get("block_size", 0):
         raise ExportError(
             f"{describe(node)}: block_size {found['block_size']}; only scales per tensor or axis are known"

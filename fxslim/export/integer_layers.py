@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fxslim.errors import ExportError
-from fxslim.export.graph_lookups import Array, GraphLookups, attributes, describe
+from fxslim.export.graph_lookups import Array, GraphLookups, attribute_values, describe
 from fxslim.export.integer_grids import GridConstant, grid_constant
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _check_weight(node: Any, weight: GridConstant) -> None:
 
 
 def _check_attributes(node: Any, weight: GridConstant) -> None:
-    found = attributes(node)
+    found = attribute_values(node)
     if node.op_type == "Gemm":
         wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         for name, value in wanted.items():
@@ -111,7 +111,7 @@ def _check_attributes(node: Any, weight: GridConstant) -> None:
 
 
 def _channels(node: Any, weight: GridConstant) -> int:
-    shape, found = weight.values.shape, attributes(node)
+    shape, found = weight.values.shape, attribute_values(node)
     if node.op_type == "ConvTranspose":
         return shape[1] * found.get("group", 1)
     if node.op_type == "Gemm" and not found.get("transB", 0):
@@ -128,7 +128,7 @@ def _product_scale(node: Any, data_scale: Any, weight: GridConstant) -> Array:
         )
     if node.op_type == "ConvTranspose" and scale.size > 1:
         # The file has one scale per channel of a group, and all groups share them.
-        scale = np.tile(scale, attributes(node).get("group", 1))
+        scale = np.tile(scale, attribute_values(node).get("group", 1))
     return scale
 
 

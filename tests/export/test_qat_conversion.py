@@ -136,6 +136,59 @@ def test_uint8_is_int8_with_every_number_128_less(kind) -> None:
         assert describe(one) == describe(other)
 
 
+def test_a_uint8_weight_is_int8_with_every_number_128_less() -> None:
+    forms = []
+    for dtype, shift in (("int8", 0), ("uint8", 128)):
+        new, integers = QdqBuilder(), np.array([[-128, 0], [5, 127]])
+        weight = new.stored("w", (integers + shift).astype(dtype), 0.25, shift)
+        new.node("MatMul", [new.activation("x", 0.5), weight], "y")
+        forms.append(converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])})))
+    for one, other in zip(*forms, strict=True):
+        assert describe(one) == describe(other)
+
+
+@pytest.mark.parametrize("bias, integers", [
+    (np.float32([0.26, -0.3]), [2, -2]),
+    (np.float32([[0.26, -0.3]]), [2, -2]),
+    (np.float32(0.25), [2, 2]),
+    (np.float32([-0.25]), [-2, -2]),
+])  # fmt: skip
+def test_biases_of_gemm(bias, integers) -> None:
+    new = QdqBuilder()
+    weight = new.stored("w", np.eye(2, dtype=np.int8), 0.25)
+    new.node("Gemm", [new.activation("x", 0.5), weight, new.constant("b", bias)], "y")
+    fake, deploy = converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])}))
+    stored = {t.name: numpy_helper.to_array(t) for t in deploy.graph.initializer}["y_node.bias"]
+    assert stored.dtype == np.int32
+    assert stored.tolist() == integers
+    np.testing.assert_array_equal(run(fake, x=np.zeros((1, 2), np.float32)), [np.float32(integers) / 8])
+
+
+def test_an_int32_bias_on_another_grid_is_rounded() -> None:
+    new = QdqBuilder()
+    weight, bias = new.stored("w", np.eye(2, dtype=np.int8), 0.25), new.stored("b", np.array([3, -9], np.int32), 0.1)
+    new.node("Gemm", [new.activation("x", 0.5), weight, bias], "y")
+    _, deploy = converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])}))
+    stored = {t.name: numpy_helper.to_array(t) for t in deploy.graph.initializer}
+    assert stored["y_node.bias"].tolist() == [2, -7]
+
+
+def test_a_branch_reads_tensors_of_the_main_graph() -> None:
+    inner = QdqBuilder()
+    inner.node("Add", ["x_dq", "table_dq"], "inner")
+    branch = inner.model({}, {"inner": ("float32", [1, 2])}).graph
+    new = QdqBuilder()
+    new.stored("table", np.array([[3, 4]], np.int8), 0.5)
+    new.activation("x", 0.5)
+    new.node("If", [new.constant("c", np.array(True))], "y", then_branch=branch, else_branch=branch)
+    model = new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])})
+    fake, deploy = converted(model)
+    assert [node.op_type for node in deploy.graph.node] == ["AscendQuant", "AscendAntiQuant", "If"]
+    x = np.float32([[1.2, 7.7]])
+    for form in (fake, simulate(deploy)):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
 def sum_of_two(second_quantized: bool) -> onnx.ModelProto:
     new = QdqBuilder()
     a = new.activation("a", 0.5, 3)

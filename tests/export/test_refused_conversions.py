@@ -123,6 +123,18 @@ def inside_of_a_branch() -> onnx.ModelProto:
     return of(new)
 
 
+def inside_of_a_function() -> onnx.ModelProto:
+    inner = QdqBuilder()
+    inner.nodes.append(onnx.helper.make_node("QuantizeLinear", ["a", "b"], ["c"], name="hidden"))
+    opset = [onnx.helper.make_opsetid("", 17)]
+    new = QdqBuilder()
+    new.activation("x", 0.5)
+    model = of(new, "x_dq")
+    model.functions.append(onnx.helper.make_function("own", "body", ["a", "b"], ["c"], inner.nodes, opset))
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    return model
+
+
 def deep_dilation() -> onnx.ModelProto:
     new = QdqBuilder()
     stored = new.stored("w", np.ones((1, 1, 2, 1, 1), np.int8), 1.0)
@@ -168,6 +180,7 @@ REFUSED = {
     "tiny products": (built(tiny_products), r"scale of input 1e-30 x scale of weight is not a float32 above 0"),
     "integers given": (integers_given, r"'y_node' reads 'x', which is neither a constant nor the output of"),
     "branch": (inside_of_a_branch, r"QuantizeLinear 'x_q_node' is inside of 'branch'; only the main graph"),
+    "function": (inside_of_a_function, r"QuantizeLinear 'hidden' is inside of 'body'; only the main graph"),
     "3d dilation": (deep_dilation, r"dilation 2 along depth, but a quantized 3d convolution needs 1 there"),
     "16 bits": (sixteen_bits, r"'x_q_node': integers of type uint16, expected int8 or uint8"),
     "old opset": (
