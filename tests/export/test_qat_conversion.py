@@ -279,6 +279,18 @@ def test_float_weights_behind_a_quantizer_are_rounded_as_the_runtime_does() -> N
     np.testing.assert_array_equal(stored, np.clip(np.rint(floats / np.float32(0.1)), -128, 127).T)
 
 
+def test_scales_follow_a_transposed_weight() -> None:
+    """AMCT's exporter writes a convolution's weight with its first two axes swapped, and scales along axis 1."""
+    rng, new = np.random.default_rng(5), QdqBuilder()
+    stored = new.stored("w", rng.integers(-9, 9, (2, 3, 1, 1)).astype(np.int8), [0.25, 0.5, 2.0], axis=1)
+    turned = new.node("Transpose", [stored], "turned", perm=[1, 0, 2, 3])
+    new.node("Conv", [new.activation("x", 0.5), turned], "y")
+    model = new.model({"x": ("float32", [1, 2, 2, 2])}, {"y": ("float32", [1, 3, 2, 2])})
+    x = rng.normal(0, 9, (1, 2, 2, 2)).astype(np.float32)
+    for form in (converted(model)[0], simulate(converted(model)[1])):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
 def test_a_quantized_constant_that_no_layer_reads_stays_float() -> None:
     new = QdqBuilder()
     table = new.stored(

@@ -55,6 +55,20 @@ def half_scales(new: QdqBuilder) -> None:
     new.node("Cast", [new.node("DequantizeLinear", [q, scale, zero], "dq")], "y", to=onnx.TensorProto.FLOAT)
 
 
+def different_types(new: QdqBuilder) -> None:
+    q = new.quantizer("x", 0.5, 0, "uint8")
+    new.node("DequantizeLinear", [q, *new.factors("other", 0.5, -128, "int8")], "y")
+
+
+def half_input() -> onnx.ModelProto:
+    new = QdqBuilder()
+    q = new.node("QuantizeLinear", ["x", *new.factors("f", 0.5, 0, "int8")], "q")
+    new.node("DequantizeLinear", [q, "f_scale", "f_zero"], "y")
+    model = of(new, opset=23)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model
+
+
 def weight(values: np.ndarray, kind: str = "MatMul", **grid) -> Callable[[], onnx.ModelProto]:
     def build(new: QdqBuilder) -> None:
         stored = new.stored("w", values, **{"scale": 1.0, **grid})
@@ -155,6 +169,8 @@ REFUSED = {
         r"'x_q_node' has scale 0.5, zero point 0, int8, but .* 'y_node' behind it has scale 0.25, zero point 3, int8",
     ),
     "pair of a weight": (built(different_weight_pair), r"'w_q_node' has scale 0.5, zero point 0.* zero point 1"),
+    "types of a pair": (built(different_types), r"zero point 0, uint8, but .* zero point -128, int8"),
+    "float16 input": (half_input, r"QuantizeLinear 'q_node': its input 'x' is FLOAT16; only float32 models"),
     "float16": (built(half_scales), r"'q_node': its scale is float16; only float32 models"),
     "zero point": (weight(EYE, zero_point=-3), r"weight has zero point -3 \(int8\), expected 0: .* symmetric"),
     "unsigned zero point": (weight(np.eye(2, dtype=np.uint8)), r"weight has zero point 0 \(uint8\), expected 128"),
