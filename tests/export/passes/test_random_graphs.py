@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever the graph: the same numbers, a valid file, and no pair that does nothing."""
 
-import copy
-
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxslim.export.passes import settle
 from fxslim.export.passes.grids import grid_of_value, is_operator, quantizing
-from fxslim.export.passes.merged_pairs import merge_pairs
-from fxslim.export.passes.moved_pairs import move_pairs, wanted_grids
+from fxslim.export.passes.moved_pairs import wanted_grids
 from fxslim.export.passes.moving import moved_inputs
 from tests.export.passes.random_graphs import RandomGraph
 from tests.export.passes.runtime import check, operators_in, outputs_of
