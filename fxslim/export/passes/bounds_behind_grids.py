@@ -63,4 +63,6 @@ def bound_integers(model: ir.Model) -> bool:
             edit.hand_over(quantize.outputs[0], result)
             edit.remove(quantize)
         edit.remove(node)
+        if not dequantize.outputs[0].uses() and not dequantize.outputs[0].is_graph_output():
+            edit.remove(dequantize)
     return edit.changed

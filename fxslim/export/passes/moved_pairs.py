@@ -36,9 +36,10 @@ def wanted_grids(model: ir.Model) -> dict[ir.Value, Grid]:
     wanted: dict[ir.Value, Grid] = {}
     unread: set[ir.Value] = set()
     for node in reversed(list(model.graph)):
-        for value in (*node.outputs, *node.inputs):
-            if value is not None and value not in wanted and value.producer() in (node, None):
-                _note(value, wanted, unread)
+        for value in node.outputs:
+            _note(value, wanted, unread)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _note(value, wanted, unread)
     return wanted
 
 
