@@ -50,10 +50,12 @@ def bound_integers(model: ir.Model) -> bool:
     edit = GraphEdit(model)
     for node in list(model.graph):
         bounds, grids = bounds_of(node), quantizers_behind(node.outputs[0])
-        given = grid_of_value(node.inputs[0]) if bounds is not None and grids else None
-        if bounds is None or given is None or not grids or set(grids) != {given} or given.dtype not in _CLIPPED:
+        value = node.inputs[0] if bounds is not None and grids else None
+        given, dequantize = grid_of_value(value), None if value is None else value.producer()
+        if bounds is None or given is None or dequantize is None or not grids:
             continue
-        dequantize = node.inputs[0].producer()
+        if set(grids) != {given} or given.dtype not in _CLIPPED:
+            continue
         integers = dequantize.inputs[0]
         ends = [edit.constant(np.asarray(given.quantized(bound), given.dtype), "bound") for bound in bounds]
         quantized = [reader for reader, _ in readers(node.outputs[0])]

@@ -92,5 +92,6 @@ def _put_behind(node: ir.Node, wanted: Mapping[ir.Value, Grid], pairs: Pairs) ->
 
 def _is_constant(node: ir.Node) -> bool:
     """Whether a weight is moved, and no activation."""
-    makers = [node.inputs[index].producer() for index in moved_inputs(node)]
+    given = [node.inputs[index] for index in moved_inputs(node)]
+    makers = [value.producer() for value in given if value is not None]
     return all(maker is not None and array_of(maker.inputs[0]) is not None for maker in makers)
