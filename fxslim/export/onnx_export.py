@@ -11,10 +11,10 @@ from torch import nn
 
 from fxslim.errors import ConfigError, ExportError, unknown_name
 from fxslim.export.ascend_form import build_ascend_form
-from fxslim.export.deployed_copy import deployed_copy
 from fxslim.export.fake_quant_form import build_fake_quant_form
 from fxslim.export.file_places import in_place, kept_aside
 from fxslim.export.four_bit_weights import pack_four_bits
+from fxslim.export.model_copies import deployed_copy
 from fxslim.export.onnx_programs import onnx_model, save_onnx
 from fxslim.export.onnx_verification import OnnxVerification, verify_onnx
 from fxslim.export.passes import settle
