@@ -48,7 +48,7 @@ class WeightQuantizer(Phased):
 
         ``folded``: what each output channel will be multiplied with before; the result is divided by it again.
         """
-        scale = None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
+        scale = self.folding_factor(folded, weight)
         given = weight if scale is None else weight * scale
         self.start_if_due(given)
         if not self._is_on():
@@ -56,6 +56,10 @@ class WeightQuantizer(Phased):
         self.look_at(given)
         result = self._by_rows(given, self.quantized)
         return result if scale is None else result / scale
+
+    def folding_factor(self, folded: Tensor | None, weight: Tensor) -> Tensor | None:
+        """What the weight is multiplied with before it is quantized, in its own layout; None: nothing need be."""
+        return None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
 
     @property
     def minds_no_folding(self) -> bool:
