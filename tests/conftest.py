@@ -3,10 +3,13 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+from tests.torch_switches import switches
 
 hypothesis.settings.register_profile("fxslim", deadline=None, max_examples=60, print_blob=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
@@ -22,6 +25,14 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 def own_seed(request: pytest.FixtureRequest) -> None:
     """Each test starts from a seed of its own, whatever ran before it: a failure can be seen again."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before() -> Iterator[None]:
+    """What one test leaves switched would be found by another, in some order only."""
+    before = switches()
+    yield
+    assert switches() == before
 
 
 @pytest.fixture(params=DEVICES, scope="session")

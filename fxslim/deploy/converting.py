@@ -65,7 +65,7 @@ def convert(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     >>> import torch, fxslim
     >>> net = fxslim.quantize(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), "int8", data=[torch.randn(4, 8)])
     >>> convert(net)[0].weight
-    StoredWeight((4, 8), int8)
+    SmallWeight((4, 8), int8)
     """
     plan_convert(model, example_inputs=example_inputs).apply(model)
     return model

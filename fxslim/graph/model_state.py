@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from fxslim.graph.torch_switches import TorchSwitches
+
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (list, dict, set)
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
@@ -19,11 +21,11 @@ class ModelState:
 
     Lists, dicts and sets among the attributes get their items back, and other objects, such as a configuration, their
     own attributes; what is inside of those is not looked at.
-    Torch's switch for fast attention, which recording turns off, is remembered too.
+    Torch's own switches, which a recording turns, are remembered too.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.fast_path = torch.backends.mha.get_fastpath_enabled()
+        self.switches = TorchSwitches()
         self.modules = [(m, _attributes(m), dict(m._buffers)) for m in model.modules()]
         held = {id(value): value for _, attributes, _ in self.modules for value in attributes.values()}
         self.contents = [(inside, inside.copy()) for value in held.values() if (inside := _inside(value)) is not None]
@@ -31,7 +33,7 @@ class ModelState:
 
     def restore(self) -> None:
         """Put everything back."""
-        torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        self.switches.restore()
         for module, attributes, buffers in self.modules:
             for added in _attributes(module).keys() - attributes.keys():
                 del module.__dict__[added]

@@ -8,7 +8,6 @@ changed: mode, buffers and random state are restored.
 
 import contextlib
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.masked_states import masked_state
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
+from fxslim.graph.torch_switches import plain_forwards
 
 # Arguments that are written down as they are.
 _PLAIN = (int, float, str)
@@ -188,25 +188,13 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Set train or eval mode; afterwards modes, buffers, attributes and random state are as they were."""
     before, hooks = ModelState(model), HookState(model)
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
+        plain_forwards()
         model.train(training)
-        with torch.random.fork_rng(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _eager():
+        with torch.random.fork_rng():
             yield
     finally:
         before.restore()
         hooks.restore()
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """The model's own code in its own dtypes: no compiled modules, no autocast that is on outside of the model."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 @contextlib.contextmanager

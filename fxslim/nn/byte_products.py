@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxslim.nn.stored_weights import StoredWeight
+from fxslim.nn.small_weights import SmallWeight
 
 _MOST_IN_16_BITS = 32767
 _MOST_IN_32_BITS = 2**31 - 1
@@ -31,7 +31,7 @@ def sums_of_this_cpu() -> str:
     return "wide" if bool((found == 64 * 255 * 127).all()) else "narrow"
 
 
-def kernel_for(weight: StoredWeight, grid: tuple[int, int]) -> str:
+def kernel_for(weight: SmallWeight, grid: tuple[int, int]) -> str:
     """Which kernel multiplies this weight with inputs on a grid of bytes."""
     sums = sums_of_this_cpu()
     if sums == "none":
@@ -41,14 +41,14 @@ def kernel_for(weight: StoredWeight, grid: tuple[int, int]) -> str:
     return IN_HALVES if 2 * (grid[1] - grid[0]) * _most(weight) > _MOST_IN_16_BITS else EXACT
 
 
-def fits(weight: StoredWeight, grid: tuple[int, int] | None) -> bool:
+def fits(weight: SmallWeight, grid: tuple[int, int] | None) -> bool:
     """Whether inputs and weights are bytes, few enough for sums of 32 bits."""
     if grid is None or not weight.is_int8 or grid[1] - grid[0] > 255:
         return False
     return weight.row_shape[1:].numel() * 255 * 128 <= _MOST_IN_32_BITS
 
 
-def _most(weight: StoredWeight) -> int:
+def _most(weight: SmallWeight) -> int:
     """The largest magnitude."""
     rows = weight.rows()
     low, high = torch.aminmax(rows) if rows.numel() else (torch.zeros(()), torch.zeros(()))
@@ -69,7 +69,7 @@ def as_bytes(x: Tensor, scale: Tensor, zero_point: int, most: int) -> Tensor:
 class PackedWeight:
     """A weight in the order in which a kernel reads it, and what it was made from."""
 
-    def __init__(self, weight: StoredWeight, bias: Tensor | None, in_halves: bool) -> None:
+    def __init__(self, weight: SmallWeight, bias: Tensor | None, in_halves: bool) -> None:
         self.made_from = _states(weight, bias)
         self.in_halves = in_halves
         rows = weight.rows()
@@ -84,7 +84,7 @@ class PackedWeight:
         self.scale, self.rows = scale.contiguous(), rows.contiguous()
         self.packed: Any = None
 
-    def is_of(self, weight: StoredWeight, bias: Tensor | None) -> bool:
+    def is_of(self, weight: SmallWeight, bias: Tensor | None) -> bool:
         """Whether these are still the values that it was made from."""
         now = _states(weight, bias)
         return all(
@@ -98,7 +98,7 @@ class PackedWeight:
         return product.narrow(1, 0, self.num_outputs) + product.narrow(1, self.num_outputs, self.num_outputs)
 
 
-def _states(weight: StoredWeight, bias: Tensor | None) -> list[tuple[Tensor | None, int]]:
+def _states(weight: SmallWeight, bias: Tensor | None) -> list[tuple[Tensor | None, int]]:
     """Tensors with their versions; those of inference mode have none."""
     kept = (weight.values, weight.scale, bias)
     return [(state, -1 if state is None or state.is_inference() else state._version) for state in kept]

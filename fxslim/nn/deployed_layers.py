@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.masked_weights import refresh_if_due
-from fxslim.nn.norm_folding import folded_norm
+from fxslim.nn.norm_folding import count_batches, folded_norm
 from fxslim.nn.quantizers import ActivationQuantizer
-from fxslim.nn.quantizers.fixed import fixed_quantizer
-from fxslim.nn.stored_weights import StoredWeight
+from fxslim.nn.quantizers.fixed import FixedQuantizer
+from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import layout_of
 
 # Attributes of counterparts that nothing needs any more.
@@ -34,22 +34,22 @@ class DeployedLayer(nn.Module):
     # Attributes that the arithmetic needs.
     settings: ClassVar[tuple[str, ...]] = ()
     bias: Tensor | None
-    input_quantizer: nn.Module | None
-    output_quantizer: nn.Module | None
+    input_quantizer: FixedQuantizer | None
+    output_quantizer: FixedQuantizer | None
 
     def __init__(
         self,
         layer: Any,
         norm: nn.Module | None = None,
         given: ActivationQuantizer | None = None,
-        weight: StoredWeight | None = None,
+        weight: SmallWeight | None = None,
     ) -> None:
         super().__init__()
         for name in self.settings:
             setattr(self, name, getattr(layer, name))
         self.input_dims = layer.input_dims
         factor, shift = (None, None) if norm is None else folded_norm(norm)
-        self.weight = StoredWeight.of(layer, "weight", layout_of(layer), factor) if weight is None else weight
+        self.weight = SmallWeight.of(layer, "weight", layout_of(layer), factor) if weight is None else weight
         bias = getattr(layer, "bias", None)
         self.register_buffer("bias", _bias(None if bias is None else bias.detach(), factor, shift))
         source = layer.input_quantizer if given is None else given
@@ -95,13 +95,10 @@ class DeployedLayer(nn.Module):
         return self.kernel
 
 
-def held(quantizer: ActivationQuantizer) -> nn.Module:
+def held(quantizer: ActivationQuantizer) -> FixedQuantizer:
     """The grid of a quantizer as it is now, which nothing changes any more."""
-    if quantizer.config.format == "int":
-        return fixed_quantizer(quantizer)
-    kept = copy.deepcopy(quantizer)
-    kept.observing = False
-    return kept
+    config = quantizer.config
+    return FixedQuantizer(*quantizer.grid(), config.grid, config.format)
 
 
 def _bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -124,7 +121,7 @@ def become(module: nn.Module, deployed: nn.Module) -> None:
     before = dict(vars(module))
     hooks = {name: copy.copy(value) for name, value in before.items() if "_hooks" in name}
     pre_hooks = hooks["_forward_pre_hooks"]
-    for key in [key for key, hook in pre_hooks.items() if hook is refresh_if_due]:
+    for key in [key for key, hook in pre_hooks.items() if hook in (refresh_if_due, count_batches)]:
         del pre_hooks[key]
     module.__dict__.clear()
     module.__dict__.update({name: value for name, value in before.items() if name not in _OF_COUNTERPARTS})

@@ -17,7 +17,7 @@ class DequantizedLinear(DeployedLayer):
     >>> from fxslim.nn import LinearQAT
     >>> layer = LinearQAT(8, 2, config="w4").to_deploy()
     >>> layer.weight
-    StoredWeight((2, 8), int4)
+    SmallWeight((2, 8), int4)
     """
 
     settings = ("in_features", "out_features")

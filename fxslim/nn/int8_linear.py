@@ -17,7 +17,7 @@ class Int8Linear(Int8Layer, DequantizedLinear):
     >>> model = fxslim.quantize(torch.nn.Linear(8, 2), "int8", data=[torch.randn(4, 8)])
     >>> x, layer = torch.randn(4, 8), model.to_deploy()
     >>> type(layer).__name__, layer.weight
-    ('Int8Linear', StoredWeight((2, 8), int8))
+    ('Int8Linear', SmallWeight((2, 8), int8))
     >>> torch.allclose(layer(x), model(x), atol=1e-5)
     True
     """

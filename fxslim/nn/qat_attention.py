@@ -22,7 +22,7 @@ from fxslim.nn.qat_linear import LinearQAT
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quantized_layers import QuantizedLayer
 from fxslim.nn.quantizers import ActivationQuantizer
-from fxslim.nn.stored_weights import StoredWeight
+from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import WeightLayout
 
 
@@ -167,7 +167,7 @@ class DeployedAttention(nn.Module):
         for name in ("bias_k", "bias_v"):
             value = getattr(layer, name)
             self.register_buffer(name, None if value is None else value.detach().clone())
-        weights = [StoredWeight.of(layer, name, WeightLayout()) for name in layer.maskable]
+        weights = [SmallWeight.of(layer, name, WeightLayout()) for name in layer.maskable]
         weights = weights[0].split(3) if len(weights) == 1 else weights
         biases = [None] * 3 if layer.in_proj_bias is None else [b.clone() for b in layer.in_proj_bias.detach().chunk(3)]
         for name, weight, bias, source in zip("qkv", weights, biases, layer.input_names, strict=True):

@@ -17,6 +17,9 @@ from fxslim.nn.norm_folding import folded_scale
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quant_dialects import as_quant_config
 from fxslim.nn.quantizers import ActivationQuantizer, Phased, WeightQuantizer, activation_quantizer, weight_quantizer
+from fxslim.nn.quantizers.onnx_lowering import is_lowering
+from fxslim.nn.quantizers.real_values import real_twin, without_modes
+from fxslim.nn.quantizers.stored_weights import StoredWeight
 from fxslim.nn.remade_weights import note_made, weights_made_again
 from fxslim.patterns.weight_layout import layout_of
 
@@ -121,8 +124,14 @@ class QuantizedLayer(MaskedWeights):
         return {name: module for name, module in self._modules.items() if isinstance(module, Phased)}
 
     def computed(self, name: str = "weight") -> Tensor:
-        weight = self.masked(name)
         quantizer = self._modules.get(name + _SUFFIX)
+        if isinstance(quantizer, StoredWeight):
+            return quantizer()
+        if quantizer is not None and is_lowering():
+            with without_modes():
+                kept = stored_weight(self, name)
+            return self.masked(name) if kept is None else kept()
+        weight = self.masked(name)
         if quantizer is None:
             return weight
         folded = self.__dict__.get("_folded")
@@ -229,6 +238,22 @@ def unready(quantizer: Phased) -> str:
         f"has seen {quantizer.batches_seen} of {needed} batches: train on {missing} more, or choose ranges with "
         "fxslim.calibrating(model)"
     )
+
+
+def stored_weight(layer: QuantizedLayer, name: str) -> StoredWeight | None:
+    """What the quantizer of this weight makes of it now; None where it is switched off."""
+    quantizer = layer._modules[name + _SUFFIX]
+    assert isinstance(quantizer, WeightQuantizer)
+    if not quantizer.enabled:
+        return None
+    if quantizer.batches_seen < quantizer.start_step:
+        raise CalibrationError(
+            f"{quantizer.described()} is not quantized yet: it has seen {quantizer.batches_seen} of "
+            f"start_step={quantizer.start_step} training batches: train on"
+        )
+    folded = layer.__dict__.get("_folded")
+    factors = None if folded is None else folded_scale(real_twin(folded[0]))
+    return StoredWeight(real_twin(quantizer), real_twin(layer).masked(name).detach(), factors)
 
 
 def strip_quantizers(layer: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 import fxslim
 from tests.graph.random_networks import randomise
+from tests.torch_switches import switches
 
 X = torch.randn(2, 3, 16, 16)
 _INTERNALS = vars(nn.Module()).keys() - {"training"}
@@ -53,7 +54,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             if key.endswith("_hooks")
         },
         "plans": [id(plan) for plan in fxslim.applied(model)],
-        "switches": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()),
+        "switches": switches(),
         "random": _frozen(torch.get_rng_state())[-1],
     }
     if optimizer is not None:

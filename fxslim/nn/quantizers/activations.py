@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
+from fxslim.nn.quantizers.fixed import fixed_quantizer
+from fxslim.nn.quantizers.onnx_lowering import is_lowering
 from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
+from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.ranges import range_method
 
 
@@ -64,6 +67,10 @@ class ActivationQuantizer(Phased):
         """x on the grid."""
         raise NotImplementedError
 
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as they would be now, in eval mode."""
+        return self.scale.detach(), self.zero_point
+
     @property
     def symmetric(self) -> bool:
         """Whether 0 is in the middle of the grid."""
@@ -77,6 +84,8 @@ class ActivationQuantizer(Phased):
     def forward(self, x: Tensor) -> Tensor:
         """x as it will be after quantization; unchanged before there is a range, and where it is switched off."""
         seen, enabled, observing = self.read_phase()
+        if is_lowering():
+            return self._lowered(x) if enabled else x
         if self._collecting and observing:
             self._observe(x)
             self.batches_collected += 1
@@ -88,6 +97,11 @@ class ActivationQuantizer(Phased):
         if self.training and observing and not x.is_meta:
             self._calibrate(x, seen)
         return self._passed(x)
+
+    def _lowered(self, x: Tensor) -> Tensor:
+        with without_modes():
+            fixed = fixed_quantizer(real_twin(self))
+        return fixed(x)
 
     def _is_repeated(self) -> bool:
         """Whether gradient checkpointing repeats the last batch that passed unquantized: it does so again."""

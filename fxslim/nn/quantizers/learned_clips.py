@@ -78,6 +78,11 @@ class UlqActivations(ActivationQuantizer):
             low, high = _valid(low, some & (low <= 0), self.last_min), _valid(high, some & (high >= 0), self.last_max)
         return low, high
 
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        low, high = self._valid_clips()
+        return fake_quantize_clipped(torch.zeros_like(high), low, high, *self.config.grid)[1:]
+
     def on_grid(self, x: Tensor) -> Tensor:
         low, high = self.clips()
         y, scale, zero_point = fake_quantize_clipped(x, low, high, *self.config.grid)
@@ -111,15 +116,26 @@ class PactActivations(UlqActivations):
         super().set_range(torch.zeros_like(low), high)
 
     def clips(self) -> tuple[Tensor, Tensor]:
-        high = _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
+        high = self._valid_high()
         if self.training:
             set_buffers(self, last_max=high.clone())
         return torch.zeros_like(high), high
 
+    def _valid_high(self) -> Tensor:
+        return _valid(self.clip_max, self.clip_max > _LEAST_RANGE, self.last_max)
+
+    @property
+    def _zero(self) -> int:
+        return 0 if self.symmetric else self.config.grid[0]
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return self._valid_high() / (self.config.grid[1] - self._zero), torch.full_like(self.zero_point, self._zero)
+
     def on_grid(self, x: Tensor) -> Tensor:
         high = self.clips()[1].to(math_dtype(x))
         least, most = self.config.grid
-        zero_point = 0 if self.symmetric else least
+        zero_point = self._zero
         scale = high.detach() / (most - zero_point)
         self.keep_grid(scale, torch.full_like(self.zero_point, zero_point))
         rounded = fake_quantize(x.detach().relu(), scale, zero_point, least, most)

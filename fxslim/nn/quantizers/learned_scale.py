@@ -26,6 +26,9 @@ class LsqActivations(ActivationQuantizer):
         self.scale.copy_(scale)
         self.zero_point = torch.empty_like(self.zero_point).copy_(zero_point)
 
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return positive(self.scale.detach()), self.zero_point
+
     def on_grid(self, x: Tensor) -> Tensor:
         return fake_quantize_learned(x, positive(self.scale), self.zero_point, *self.config.grid)
 

@@ -12,6 +12,7 @@ from fxslim.kernels.arguments import lies_channels_last, math_dtype
 from fxslim.kernels.observed_fake_quantization import never_clips
 from fxslim.kernels.quantization_grid import grid_from_range
 from fxslim.nn.quantizers.activations import ActivationQuantizer
+from fxslim.nn.quantizers.onnx_lowering import is_lowering
 from fxslim.nn.quantizers.phases import is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks
 
@@ -49,7 +50,7 @@ class MinMaxActivations(StaticActivations):
 
     def forward(self, x: Tensor) -> Tensor:
         seen, enabled, observing = self.read_phase()
-        if self._collecting or not enabled or not x.is_floating_point():
+        if self._collecting or not enabled or not x.is_floating_point() or is_lowering():
             return super().forward(x)
         if not (self.training and observing and seen >= self.start_step) or is_recomputed():
             return super().forward(x)

@@ -61,6 +61,15 @@ class WeightQuantizer(Phased):
         """What the weight is multiplied with before it is quantized, in its own layout; None: nothing need be."""
         return None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
 
+    @torch.no_grad()
+    def values_and_scale(self, weight: Tensor, folded: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight times ``folded`` on its grid, as it is now, and the scales; None where steps are no integers."""
+        scale = self.folding_factor(folded, weight)
+        given = weight.detach() if scale is None else weight.detach() * scale
+        self.start_if_due(given)
+        self.look_at(given)
+        return self._by_rows(given, self.quantized), self.grid_of(given)[0] if self.config.format == "int" else None
+
     @property
     def minds_no_folding(self) -> bool:
         """Whether factors of output channels change no integer: one scale each, on a grid with two equal sides."""

@@ -31,7 +31,7 @@ def storage_of(config: WeightQuant | None) -> str:
     return next((f"int{size}" for size in (4, 8, 16) if bits <= size), "int32")
 
 
-class StoredWeight(nn.Module):
+class SmallWeight(nn.Module):
     """``values`` in rows of outputs, and ``scale`` (outputs, groups of inputs); the weight is their product.
 
     A ``factor`` with which a norm behind the layer multiplies each output becomes part of the scale.
@@ -113,12 +113,13 @@ class StoredWeight(nn.Module):
 def _on_grid(layer: Any, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a weight divided by their scales, and the scales."""
     with torch.no_grad():
-        folding = layer.__dict__.get("_folded")
-        factor = quantizer.folding_factor(None if folding is None else folded_scale(folding[0]), weight)
-        given = weight if factor is None else weight * factor
-        quantizer.start_if_due(given)
-        on_grid = quantizer._by_rows(given, quantizer.quantized)
-        scale = quantizer.grid_of(given)[0].detach().to(torch.promote_types(weight.dtype, torch.float32))
+        norm = layer.__dict__.get("_folded")
+        folded = None if norm is None else folded_scale(norm[0])
+        on_grid, scale = quantizer.values_and_scale(weight, folded)
+        factor = quantizer.folding_factor(folded, weight)
+        if scale is None:
+            scale = quantizer.grid_of(weight if factor is None else weight * factor)[0]
+        scale = scale.detach().to(torch.promote_types(weight.dtype, torch.float32))
         rows = quantizer.layout.rows(on_grid).to(scale.dtype)
         scale = scale.reshape(rows.shape[0], -1) if scale.numel() > 1 else scale.expand(rows.shape[0]).reshape(-1, 1)
         wide = scale.repeat_interleave(rows[0].numel() // scale.shape[1], 1).reshape(rows.shape)

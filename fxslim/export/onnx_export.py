@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a model as an ONNX file that runtimes compute in integers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxslim.errors import ConfigError, ExportError, unknown_name
+from fxslim.export.deployed_copy import deployed_copy
+from fxslim.export.ascend_form import build_ascend_form
+from fxslim.export.fake_quant_form import build_fake_quant_form
+from fxslim.export.file_places import in_place, kept_aside
+from fxslim.export.onnx_programs import onnx_model, save_onnx
+from fxslim.export.onnx_verification import OnnxVerification, verify_onnx
+from fxslim.export.passes import settle
+from fxslim.export.qdq_files import load_qdq
+from fxslim.export.saved_models import save_models
+from fxslim.graph.inputs import as_inputs
+from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
+from fxslim.nn.quantizers import each_activation_quantizer
+from fxslim.nn.quantizers.fixed import check_calibrated
+from fxslim.plan.applied_plans import applied
+from fxslim.version import __version__
+
+_NOT_RUNNABLE = ("deploy", "ascend")
+FORMS = ("qdq", "fake_quant", "deploy", "ascend")
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Any,
+    path: str | Path,
+    *,
+    form: str = "qdq",
+    target: str | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    verify: bool = True,
+    tolerance: float = 0.01,
+) -> OnnxVerification | None:
+    """Write a model, quantized or not, as an ONNX file; returns how far ONNX Runtime is from torch on ``inputs``.
+
+    ``form``: "qdq", with QuantizeLinear and DequantizeLinear; "fake_quant" and "deploy" (or "ascend"), those of AMCT
+    (docs/ascend.md). ``target``: where given, it must be what the model was prepared for. ``dynamic_shapes``: as
+    torch.export takes them. Of a list of ``inputs`` the first is exported, all are verified. Raises, and keeps the file
+    aside, where it differs by more than ``tolerance`` (relative L2). The model stays as it is.
+    """
+    if form not in FORMS:
+        raise ConfigError(unknown_name("form", form, FORMS))
+    refuse_wrapped(model)
+    model = without_compile_wrapper(model)
+    examples = as_inputs(inputs)
+    _check_target(model, target, form)
+    for quantizer in each_activation_quantizer(model).values():
+        if quantizer.enabled:
+            check_calibrated(quantizer)
+    with in_place(path) as temporary:
+        copy = deployed_copy(model, examples[0])
+        written = onnx_model(copy, examples[0], input_names, output_names, dynamic_shapes, opset)
+        settle(written)
+        _describe(written, model)
+        save_onnx(written, temporary)
+        if form != "qdq":
+            _change_form(temporary, form)
+        if not verify or form in _NOT_RUNNABLE:
+            return None
+        verification = verify_onnx(model, temporary, examples)
+        _judge(verification, tolerance, temporary)
+    return replace(verification, path=str(path))
+
+
+def _check_target(model: nn.Module, target: str | None, form: str) -> None:
+    prepared = {plan.target for plan in applied(model) if hasattr(plan, "target")}
+    wanted = target if target is not None or form in ("qdq", "fake_quant") else "ascend"
+    for name in sorted(prepared):
+        if wanted is not None and name != wanted:
+            raise ExportError(
+                f"the model was prepared for {name!r}, whose grids are not those of {wanted!r}: prepare the float model "
+                f"with target={wanted!r}, or export without target= in form 'qdq'"
+            )
+
+
+def _describe(written: Any, model: nn.Module) -> None:
+    """What was done to the model, for whoever finds the file."""
+    written.producer_name, written.producer_version = "fxslim", __version__
+    plans = [plan.to_dict() for plan in applied(model) if hasattr(plan, "to_dict")]
+    if plans:
+        written.metadata_props["fxslim.plans"] = json.dumps(plans)
+
+
+def _change_form(path: Path, form: str) -> None:
+    source = load_qdq(path)
+    if form == "fake_quant":
+        save_models({path: (build_fake_quant_form(source), "fakequant")})
+    else:
+        save_models({path: (build_ascend_form(source), "deploy")})
+
+
+def _judge(verification: OnnxVerification, tolerance: float, made: Path) -> None:
+    if verification.relative <= tolerance:
+        return
+    aside = kept_aside(made)
+    raise ExportError(
+        f"the file differs from the model by {verification.relative:.2g} (relative L2; tolerance={tolerance}) and is "
+        f"kept aside as {aside}\n{verification}"
+    )

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an ONNX file computes what a model does: ONNX Runtime beside torch on the same inputs."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxslim.errors import ConfigError, ExportError
+from fxslim.export.onnx_packages import onnx_package
+from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
+from fxslim.graph.recording import undisturbed
+
+# Products of two pairs of bytes are summed in 16 bits by processors without these instructions.
+_SAFE_FLAGS = frozenset("avx512_vnni avx_vnni avx_vnni_int8 amx_int8".split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputAgreement:
+    """One output: the largest difference, the relative L2 error, and how often the largest entry of a row is the same.
+
+    ``steps``: the largest difference in steps of the output's grid; None where the output is on none.
+    """
+
+    name: str
+    largest: float
+    relative: float
+    argmax: float
+    steps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxVerification:
+    """How far ONNX Runtime is from torch, over all inputs.
+
+    ``outputs``: with exact integer products. ``relative_here``: the largest relative L2 error of the runtime as it is
+    on this machine; larger where ``saturates``, since processors without VNNI sum pairs of products in 16 bits.
+    """
+
+    path: str
+    outputs: tuple[OutputAgreement, ...]
+    relative_here: float
+    saturates: bool
+
+    @property
+    def relative(self) -> float:
+        """The largest relative L2 error of any output."""
+        return max((one.relative for one in self.outputs), default=0.0)
+
+    @property
+    def argmax(self) -> float:
+        """The least agreement of largest entries of any output."""
+        return min((one.argmax for one in self.outputs), default=1.0)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}, ONNX Runtime beside torch:"]
+        for one in self.outputs:
+            steps = "" if one.steps is None else f" ({one.steps:.3g} steps)"
+            lines.append(
+                f"  {one.name}: relative L2 {one.relative:.2g}, largest difference {one.largest:.3g}{steps}, "
+                f"same argmax {one.argmax:.2%}"
+            )
+        if self.saturates:
+            lines.append(
+                f"  on this processor, which has no VNNI, relative L2 {self.relative_here:.2g}: sums of two products may "
+                "saturate; WeightQuant(reduce_range=True) avoids it, or the session option session.x64quantprecision=1"
+            )
+        return "\n".join(lines)
+
+
+def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerification:
+    """Run a file on the CPU, and the model in eval mode, on the same inputs; a list is several inputs.
+
+    The model's modes and buffers stay as they are.
+    """
+    path = Path(path)
+    exact, here = (_session(path, exact=exact) for exact in (True, False))
+    examples = as_inputs(inputs)
+    wanted, got, got_here = [], [], []
+    for one in examples:
+        with undisturbed(model, training=False), torch.no_grad():
+            wanted.append([value.detach().cpu() for value in output_tensors(one.copied().run(model))])
+        feed = _feed(exact, path, one)
+        got.append(_run(exact, path, feed))
+        got_here.append(_run(here, path, feed))
+    names = [output.name for output in exact.get_outputs()]
+    steps = _output_steps(path)
+    outputs = []
+    for place, name in enumerate(names):
+        outputs.append(_agreement(name, _column(wanted, place, path), _column(got, place, path), steps.get(name)))
+    relative_here = max(
+        (_relative(_column(wanted, place, path), _column(got_here, place, path)) for place in range(len(names))),
+        default=0.0,
+    )
+    return OnnxVerification(
+        path=str(path), outputs=tuple(outputs), relative_here=relative_here, saturates=not has_exact_products()
+    )
+
+
+def has_exact_products() -> bool:
+    """Whether this processor sums products of bytes in 32 bits: not so on x86 without VNNI or AMX."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686", "i386"):
+        return True
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return not _SAFE_FLAGS.isdisjoint(flags.split())
+
+
+def _session(path: Path, exact: bool) -> Any:
+    onnxruntime = onnx_package("onnxruntime")
+    if not path.is_file():
+        raise ExportError(f"{path} is no file: export_onnx(model, inputs, path) writes one")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    if exact:
+        # The operators one by one, in float between Q and DQ: no kernel whose sums could saturate.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime {onnxruntime.__version__} does not load {path}: {error}") from error
+
+
+def _feed(session: Any, path: Path, inputs: Inputs) -> dict[str, numpy.ndarray]:
+    known = session.get_inputs()
+    given = [value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor)]
+    if len(given) != len(known):
+        raise ConfigError(
+            f"{path} takes {len(known)} inputs ({', '.join(one.name for one in known)}), {inputs} has {len(given)} "
+            "tensors"
+        )
+    for one, value in zip(known, given, strict=True):
+        fixed = [size if isinstance(size, int) else None for size in one.shape]
+        if len(fixed) != value.dim() or any(f not in (None, s) for f, s in zip(fixed, value.shape, strict=True)):
+            raise ConfigError(
+                f"{path}: input {one.name} is {list(one.shape)}, got {list(value.shape)}; sizes that change need "
+                "dynamic_shapes= when the file is written"
+            )
+    return {one.name: value.detach().cpu().numpy() for one, value in zip(known, given, strict=True)}
+
+
+def _run(session: Any, path: Path, feed: dict[str, numpy.ndarray]) -> list[Tensor]:
+    try:
+        return [torch.from_numpy(numpy.asarray(value).copy()) for value in session.run(None, feed)]
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime can't run {path}: {error}") from error
+
+
+def _column(rows: list[list[Tensor]], place: int, path: Path) -> list[Tensor]:
+    if any(len(row) <= place for row in rows):
+        raise ExportError(f"{path} has {place + 1} outputs or more, the model {min(map(len, rows))}")
+    return [row[place] for row in rows]
+
+
+def _agreement(name: str, wanted: list[Tensor], got: list[Tensor], step: float | None) -> OutputAgreement:
+    for one, other in zip(wanted, got, strict=True):
+        if one.shape != other.shape:
+            raise ExportError(f"output {name} is {tuple(other.shape)}, the model's is {tuple(one.shape)}")
+    largest = max((float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, got, strict=True) if a.numel()), default=0.0)
+    rows = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(wanted, got, strict=True) if a.dim() > 1 and a.numel()]
+    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in rows]) if rows else torch.ones(1)
+    return OutputAgreement(
+        name=name, largest=largest, relative=_relative(wanted, got), argmax=float(same.float().mean()),
+        steps=None if step is None else largest / step,
+    )  # fmt: skip
+
+
+def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
+    one, other = (torch.cat([value.double().flatten() for value in values]) for values in (wanted, got))
+    size = one.norm()
+    return float((one - other).norm() / size) if size > 0 else float((one - other).norm())
+
+
+def _output_steps(path: Path) -> dict[str, float]:
+    """Scales of the grids that outputs are on, through operators that move values."""
+    ir = onnx_package("onnx_ir")
+    graph, found = ir.load(str(path)).graph, {}
+    for output in graph.outputs:
+        node = output.producer()
+        while node is not None and node.op_type in ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"):
+            node = node.inputs[0].producer()
+        if node is not None and node.op_type == "DequantizeLinear":
+            scale = node.inputs[1].const_value
+            if scale is not None and scale.size == 1:
+                found[output.name] = float(scale.numpy().reshape(-1)[0])
+    return found

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits of an ONNX graph with Q and DQ nodes, after which ONNX Runtime computes all of it in integers.
+
+Each pass is one file, takes a model of ``onnx_ir``, edits it in place and says whether it changed anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fxslim.export.passes.held_bounds import drop_held_bounds
+from fxslim.export.passes.integer_biases import store_biases_as_integers
+from fxslim.export.passes.linear_products import write_linear_as_gemm
+from fxslim.export.passes.means_as_pools import write_means_as_pools
+from fxslim.export.passes.merged_pairs import merge_pairs
+from fxslim.export.passes.moved_pairs import move_pairs
+from fxslim.export.passes.weight_views import drop_unread_constants, separate_zero_points, turn_weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_ONCE_BEFORE = (turn_weights, merge_pairs)
+_REPEATED = (drop_held_bounds, move_pairs, merge_pairs, write_means_as_pools, write_linear_as_gemm)
+_ONCE_BEHIND = (store_biases_as_integers, separate_zero_points, drop_unread_constants)
+
+
+def settle(model: ir.Model) -> ir.Model:
+    """All passes in order, in place; the same model. The result settles to itself.
+
+    Exact, but for biases (half a step of their int32) and the order in which a mean is summed.
+    """
+    for once in _ONCE_BEFORE:
+        once(model)
+    changed = True
+    while changed:
+        changed = False
+        for repeated in _REPEATED:
+            changed |= repeated(model)
+    for once in _ONCE_BEHIND:
+        once(model)
+    return model
