@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.masked_weights import refresh_if_due
 from fxslim.nn.norm_folding import count_batches, folded_norm
-from fxslim.nn.quantizers import ActivationQuantizer
+from fxslim.nn.quantizers import ActivationQuantizer, Phased
 from fxslim.nn.quantizers.fixed import FixedQuantizer
 from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import layout_of
@@ -124,7 +124,8 @@ def become(module: nn.Module, deployed: nn.Module) -> None:
     for key in [key for key, hook in pre_hooks.items() if hook in (refresh_if_due, count_batches)]:
         del pre_hooks[key]
     module.__dict__.clear()
-    module.__dict__.update({name: value for name, value in before.items() if name not in _OF_COUNTERPARTS})
+    taken = _OF_COUNTERPARTS.union(deployed._modules, deployed._buffers, deployed._parameters)
+    module.__dict__.update({name: value for name, value in before.items() if name not in taken})
     module.__dict__.update(vars(deployed) | hooks)
     module.__class__ = type(deployed)
     for hook in deployed._forward_pre_hooks.values():
@@ -133,7 +134,8 @@ def become(module: nn.Module, deployed: nn.Module) -> None:
 
 
 def size_bytes(module: nn.Module) -> int:
-    """What parameters and buffers take, each once."""
-    states = {id(state): state for state in (*module.parameters(), *module.buffers())}
-    return sum(state.numel() * state.element_size() for state in states.values())
+    """What parameters and buffers take, each once; without what quantizers that learn keep."""
+    parts = [part for part in module.modules() if not isinstance(part, Phased)]
+    states = {id(state): state for part in parts for state in (*part._parameters.values(), *part._buffers.values())}
+    return sum(state.numel() * state.element_size() for state in states.values() if state is not None)
 
