@@ -23,7 +23,7 @@ class Int8Linear(Int8Layer, DequantizedLinear):
     """
 
     def integer_product(self, x: Tensor, scale: float, zero_point: int, packed: PackedWeight) -> Tensor:
-        return multiply_bytes(x.flatten(0, -2), scale, zero_point, packed).reshape(*x.shape[:-1], -1)
+        return multiply_bytes(x.reshape(-1, x.shape[-1]), scale, zero_point, packed).reshape(*x.shape[:-1], -1)
 
 
 def deployed_linear(layer: Any, *args: Any, **kwargs: Any) -> DequantizedLinear:
