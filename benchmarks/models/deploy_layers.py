@@ -3,8 +3,8 @@
 
     python -m benchmarks.models.deploy_layers [--rounds 7] [--report FOLDER]
 
-Shapes of ResNet-18 at 224x224 and of BERT-base at 128 tokens, batch 1 and 16, and ResNet-18 whole. Contestants take turns
-in one process, one thread, process-CPU time; a figure is the median of float time / its time in the same round.
+Shapes of ResNet-18 at 224x224 and of BERT-base at 128 tokens, batch 1 and 16, and ResNet-18 whole. Contestants take
+turns in one process, one thread, process-CPU time; a figure is the median of float time / its time in the same round.
 """
 
 import argparse
@@ -121,7 +121,11 @@ def exactness_rows() -> list[str]:
         filters = torch.full((64, 64, 3, 3), weight_value, dtype=torch.int8)
         shares = [
             float((found.double() - exact).abs().max()) / abs(exact),
-            float((_convolution(picture, filters)[:, :, 1:-1, 1:-1].double() / (576 * x_value * weight_value) - 1).abs().max()),
+            float(
+                (_convolution(picture, filters)[:, :, 1:-1, 1:-1].double() / (576 * x_value * weight_value) - 1)
+                .abs()
+                .max()
+            ),
         ]
         lines.append(f"| {x_value} x {weight_value} | {shares[0]:.0%} | {shares[1]:.0%} |")
     return lines
@@ -163,7 +167,9 @@ def model_rows(batch: int, size: int, rounds: int) -> list[str]:
     seconds = take_turns(calls, torch.device("cpu"), rounds)
     for name in list(calls)[1:]:
         kept = f"{sizes[name] / sizes['float']:.1%}" if name in sizes else ""
-        lines.append(f"| {name} | {batch}x3x{size}x{size} | {median_ratio(seconds['float'], seconds[name]):.2f} | {kept} |")
+        lines.append(
+            f"| {name} | {batch}x3x{size}x{size} | {median_ratio(seconds['float'], seconds[name]):.2f} | {kept} |"
+        )
     return lines
 
 
@@ -187,7 +193,7 @@ def report(rounds: int) -> str:
         "Errors of the kernels' own sums, where all products are the same:", "",
         "| input x weight | qlinear_pointwise | qconv2d_pointwise |", "|---|---|---|", *exactness_rows(), "",
         "| convolution of ResNet-18 | batch | w7a8 | int8 |", "|---|---|---|---|", *convs, "",
-        "w8 and w4 are weights alone; the last three are torch's kernels by themselves, which `convert` does not use.", "",
+        "w8 and w4 are weights alone; the last three are torch's kernels by themselves, which `convert` leaves.", "",
         "| linear | rows | w7a8 | int8 | w8 | w4 | _int_mm | _weight_int8pack_mm | _weight_int4pack_mm, bfloat16 |",
         "|---|---|---|---|---|---|---|---|---|", *linears, "",
         "ResNet-18, target tensorrt, norms folded:", "",

@@ -98,7 +98,9 @@ class ConvertPlan:
                 made.append((norm, without_norm(norm)))
         fixed = _fixed(model)
         for module, deployed in made:
-            changes.make(functools.partial(become, module, deployed), functools.partial(_restore, module, *_kept(module)))
+            changes.make(
+                functools.partial(become, module, deployed), functools.partial(_restore, module, *_kept(module))
+            )
         for owner, name, quantizer in fixed:
             if owner._modules.get(name) is not None and isinstance(owner._modules[name], ActivationQuantizer):
                 changes.set_item(owner._modules, name, quantizer)
@@ -114,7 +116,9 @@ class ConvertPlan:
             "kind": KIND,
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "layers": [[one.name, one.norm, one.given, one.kernel, one.bytes_before, one.bytes_after] for one in self.layers],
+            "layers": [
+                [one.name, one.norm, one.given, one.kernel, one.bytes_before, one.bytes_after] for one in self.layers
+            ],
             "notes": list(self.notes),
         }
 
@@ -188,5 +192,6 @@ def _try(model: nn.Module, examples: tuple[Inputs, ...]) -> None:
                 inputs.copied().run(model)
         except Exception as error:
             raise PlanError(
-                f"the converted model's forward failed on {inputs} ({type(error).__name__}: {error}). Nothing was changed"
+                f"the converted model's forward failed on {inputs} ({type(error).__name__}: {error}). Nothing was "
+                "changed"
             ) from error

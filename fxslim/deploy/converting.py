@@ -9,7 +9,7 @@ from torch import nn
 from fxslim.deploy.convert_plan import ConvertPlan, LayerConversion
 from fxslim.deploy.readiness import refuse_unready
 from fxslim.errors import ConfigError, UnsupportedLayerError
-from fxslim.graph.inputs import Inputs, as_inputs
+from fxslim.graph.inputs import as_inputs
 from fxslim.graph.recording import named_states, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn import HandedOverLinearQAT, MultiheadAttentionQAT, QuantizedLayer
@@ -25,8 +25,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def plan_convert(model: nn.Module, *, example_inputs: Any = None) -> ConvertPlan:
     """Decide how each quantized layer is deployed; the model is not touched (docs/deploy.md).
 
-    With ``example_inputs`` the model is run once: batch norms behind convolutions are folded into them, and layers whose
-    input another module quantizes learn its grid. Without, only what the quantization's own plan says is folded, and
+    With ``example_inputs`` the model is run once: batch norms behind convolutions are folded into them, and layers
+    whose input another module quantizes learn its grid. Without, only what the quantization's own plan says is folded, and
     such layers compute in float.
     """
     refuse_wrapped(model)

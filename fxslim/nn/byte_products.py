@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of bytes: what oneDNN's integer kernels need, and what keeps their sums exact.
 
-CPUs without VNNI (and without AMX) add two neighbouring products in 16 bits, which can cut them off. There a weight that
-is too large for that is computed with in two halves, which doubles the work.
+CPUs without VNNI (and without AMX) add two neighbouring products in 16 bits, which can cut them off. There a weight
+that is too large for that is computed with in two halves, which doubles the work.
 """
 
 import functools
@@ -22,7 +22,7 @@ EXACT, IN_HALVES, NONE = "int8", "int8 in two halves", "float"
 
 @functools.cache
 def sums_of_this_cpu() -> str:
-    """"wide" where sums are made in 32 bits, "narrow" where two products are added in 16, "none" without kernels."""
+    """ "wide" where sums are made in 32 bits, "narrow" where two products are added in 16, "none" without kernels."""
     x, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
     try:
         found = _linear(x, 1.0, 0, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(16), None)
@@ -81,15 +81,14 @@ class PackedWeight:
             rows, scale = torch.cat([half, rows - half]), torch.cat([scale, scale])
             if self.bias is not None:
                 self.bias = torch.cat([self.bias, torch.zeros_like(self.bias)])
-        self.scale, self.rows = scale.contiguous(), rows.contiguous()
+        self.scale = scale.contiguous()
+        self.rows: Tensor | None = rows.contiguous()
         self.packed: Any = None
 
     def is_of(self, weight: SmallWeight, bias: Tensor | None) -> bool:
         """Whether these are still the values that it was made from."""
         now = _states(weight, bias)
-        return all(
-            a is c and b == d for (a, b), (c, d) in zip(self.made_from, now, strict=True)
-        )
+        return all(a is c and b == d for (a, b), (c, d) in zip(self.made_from, now, strict=True))
 
     def whole(self, product: Tensor) -> Tensor:
         """The sum of both halves, which lie behind each other along dim 1."""

@@ -138,4 +138,3 @@ def size_bytes(module: nn.Module) -> int:
     parts = [part for part in module.modules() if not isinstance(part, Phased)]
     states = {id(state): state for part in parts for state in (*part._parameters.values(), *part._buffers.values())}
     return sum(state.numel() * state.element_size() for state in states.values() if state is not None)
-

@@ -37,6 +37,10 @@ class DequantizedLinear(DeployedLayer):
 class DequantizedConv(DeployedLayer):
     """A convolution of any kind, plain or transposed."""
 
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
     settings = ("stride", "padding", "dilation", "groups", "in_channels", "out_channels", "kernel_size")
 
     def __init__(self, layer: Any, *args: Any) -> None:
@@ -56,18 +60,16 @@ class DequantizedConv(DeployedLayer):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.transposed:
             return self._transposed(x, weight, bias, self.output_padding)
-        function = (F.conv1d, F.conv2d, F.conv3d)[self.num_dims - 1]
+        function: Any = (F.conv1d, F.conv2d, F.conv3d)[self.num_dims - 1]
         return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_padding: Any) -> Tensor:
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.num_dims - 1]
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.num_dims - 1]
         return function(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
 
     def _padding_for(self, x: Tensor, output_size: list[int]) -> list[int]:
         find: Any = torch.nn.modules.conv._ConvTransposeNd._output_padding
-        return find(
-            self, x, output_size, self.stride, self.padding, self.kernel_size, self.num_dims, self.dilation
-        )
+        return find(self, x, output_size, self.stride, self.padding, self.kernel_size, self.num_dims, self.dilation)
 
 
 class DequantizedEmbedding(DeployedLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What deployed layers share that compute in integers: inputs as bytes, and a packed weight that is made when needed."""
+"""What deployed layers share that compute in integers: inputs as bytes, a packed weight that is made when needed."""
 
 from typing import Any
 

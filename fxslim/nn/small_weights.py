@@ -62,7 +62,9 @@ class SmallWeight(nn.Module):
     def split(self, parts: int) -> list[Self]:
         """Equal parts of the outputs."""
         rows, scales = self.rows().chunk(parts), self.scale.chunk(parts)
-        return [type(self)(row, scale.clone(), self.storage, self.layout) for row, scale in zip(rows, scales, strict=True)]
+        return [
+            type(self)(row, scale.clone(), self.storage, self.layout) for row, scale in zip(rows, scales, strict=True)
+        ]
 
     def _kept(self, rows: Tensor) -> Tensor:
         if self.storage in _FLOATS:

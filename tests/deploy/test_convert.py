@@ -140,7 +140,9 @@ def test_compiled_models_compute_in_float() -> None:
 
 
 def test_the_plan_is_a_table() -> None:
-    model = fxslim.quantize(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), "w4", data=[torch.zeros(1, 64)])
+    model = fxslim.quantize(
+        nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), "w4", data=[torch.zeros(1, 64)]
+    )
     assert str(fxslim.plan_convert(model)).splitlines() == [
         "layer  kernel  bytes before  bytes after",
         "0      float          8,320        1,280",

@@ -160,7 +160,7 @@ def test_embeddings_make_the_rows_that_are_asked_for(config: str) -> None:
     indices = torch.tensor([[0, 3], [9, 3]])
     with torch.no_grad():
         assert torch.equal(layer.to_deploy()(indices), layer(indices))
-    with pytest.raises(DtypeError, match="takes indices, got torch.float32"):
+    with pytest.raises(DtypeError, match=r"takes indices, got torch\.float32"):
         layer.to_deploy()(torch.zeros(2))
 
 
@@ -183,7 +183,9 @@ def test_sums_are_exact_at_extremes(signed: bool, least: float, kind: str) -> No
     assert deployed.weight.values.unique().tolist() == ([-128] if least < 0 else [127])
     assert sums_of_this_cpu() == "none" or deployed.kernel == (EXACT if sums_of_this_cpu() == "wide" else IN_HALVES)
     with torch.no_grad():
-        assert deployed(x).mean().item() == pytest.approx(576 * least if kind == "convolution" else 512 * least, rel=0.01)
+        assert deployed(x).mean().item() == pytest.approx(
+            576 * least if kind == "convolution" else 512 * least, rel=0.01
+        )
 
 
 @pytest.mark.parametrize("config", ["w7a8", "w8a7", "w4a8"])
