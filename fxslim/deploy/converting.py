@@ -26,12 +26,12 @@ def plan_convert(model: nn.Module, *, example_inputs: Any = None) -> ConvertPlan
     """Decide how each quantized layer is deployed; the model is not touched (docs/deploy.md).
 
     With ``example_inputs`` the model is run once: batch norms behind convolutions are folded into them, and layers
-    whose input another module quantizes learn its grid. Without, only what the quantization's own plan says is folded, and
-    such layers compute in float.
+    whose input another module quantizes learn its grid. Without, only what the quantization's own plan says is folded,
+    and such layers compute in float.
     """
     refuse_wrapped(model)
     model = without_compile_wrapper(model)
-    layers = quantized_layers(model)
+    layers = layers_to_deploy(model)
     if not layers:
         raise ConfigError("no layer of this model is quantized: prepare_qat(model) or quantize(model) first")
     refuse_unready(model)
@@ -71,7 +71,7 @@ def convert(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     return model
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+def layers_to_deploy(model: nn.Module) -> dict[str, QuantizedLayer]:
     """By name, without the layers inside of attention, which belong to it."""
     inside: set[int] = set()
     found = {}

@@ -18,7 +18,7 @@ _FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 def storage_of(config: WeightQuant | None) -> str:
     """How the values of such a weight are kept; numbers of 4 bits are two to a byte.
 
-    >>> storage_of(WeightQuant(bits=3)), storage_of(WeightQuant(bits=8, method="dorefa"))
+    >>> storage_of(WeightQuant(bits=3)), storage_of(WeightQuant(bits=8, method="dorefa", granularity="tensor"))
     ('int4', 'int16')
     """
     if config is None:
