@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo memory scaling tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo memory scaling deploy-layers tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -68,6 +68,9 @@ quant-step: setup  ## a quantized training step, calibration and memory beside f
 
 quant-zoo: setup  ## quantize torchvision's classification models, train, save and load each; writes a dated report
 	$(PYTHON) -m benchmarks.models.quant_zoo
+
+deploy-layers: setup  ## deployed layers beside float, and torch's integer kernels; writes a dated report
+	$(PYTHON) -m benchmarks.models.deploy_layers --report benchmarks/reports
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
 	$(PYTHON) -m benchmarks.models.peak_memory
