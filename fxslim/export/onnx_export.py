@@ -23,7 +23,7 @@ from fxslim.export.saved_models import save_models
 from fxslim.graph.inputs import as_inputs
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn.quantizers import each_activation_quantizer
-from fxslim.nn.quantizers.fixed import check_calibrated
+from fxslim.nn.quantizers.fixed_quantizers import check_calibrated
 from fxslim.nn.quantizers.onnx_lowering import check_format
 from fxslim.plan.applied_plans import applied
 from fxslim.version import __version__

@@ -14,7 +14,7 @@ from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.masked_weights import refresh_if_due
 from fxslim.nn.norm_folding import count_batches, folded_norm
 from fxslim.nn.quantizers import ActivationQuantizer, Phased
-from fxslim.nn.quantizers.fixed import FixedQuantizer
+from fxslim.nn.quantizers.fixed_quantizers import FixedQuantizer
 from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import layout_of
 
