@@ -73,7 +73,7 @@ class OnnxVerification:
         if self.saturates:
             lines.append(
                 f"  on this processor, which has no VNNI, relative L2 {self.relative_here:.2g}: sums of two products may "
-                "saturate; WeightQuant(reduce_range=True) avoids it, or the session option session.x64quantprecision=1"
+                "saturate; WeightQuant(bits=7) avoids it, or the session option session.x64quantprecision=1"
             )
         return "\n".join(lines)
 
