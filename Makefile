@@ -36,7 +36,7 @@ $(READY): setup.py setup.cfg pyproject.toml $(SOURCES) $(if $(FXSLIM_PYTHON),,$(
 	$(PYTHON) setup.py -q build_ext --inplace
 	@mkdir -p build && rm -f build/ready-* && touch $(READY)
 
-demo: setup  ## train, compress and compare a small model on real images
+demo: setup  ## train, compress, export and compare a small model on real images
 	$(PYTHON) examples/digits_demo.py
 
 test: setup  ## all tests, with native kernels and again with the reference
