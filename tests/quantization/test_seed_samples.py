@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training parts of two samples that users of single quantized layers know; only import lines differ."""
+"""Two samples that users of single quantized layers know, from training to files; only import lines differ."""
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import resnet101
 
+from fxslim.export import convert_qat_model
 from fxslim.nn import Conv2dQAT, LinearQAT
 from fxslim.nn.quantizers import each_activation_quantizer
+from tests.export.onnx_runs import operators, run
 
 BATCH_NUM = 10
 
@@ -60,7 +65,10 @@ def on_a_grid(values: torch.Tensor, scale: torch.Tensor) -> bool:
     return bool((steps - steps.round()).abs().max() < 1e-3)
 
 
-def test_training_from_scratch() -> None:
+@pytest.fixture(scope="module")
+def from_scratch() -> tuple[nn.Module, list[float]]:
+    """The network and its losses."""
+    torch.manual_seed(0)
     settings = config(channel_wise=False)
     net = torch.nn.Sequential(
         Conv2dQAT(1, 6, kernel_size=5, padding=2, config=settings), nn.Sigmoid(),
@@ -73,7 +81,11 @@ def test_training_from_scratch() -> None:
         LinearQAT(84, 10, config=settings)
     )  # fmt: skip
     pictures, labels = digits(400)
-    losses = train(net, pictures, labels, epochs=12, lr=0.01)
+    return net, train(net, pictures, labels, epochs=12, lr=0.01)
+
+
+def test_training_from_scratch(from_scratch) -> None:
+    net, losses = from_scratch
     assert losses[0] > 2
     assert losses[-1] < 0.3
     assert all(quantizer.batches_seen == BATCH_NUM for quantizer in each_activation_quantizer(net).values())
@@ -84,6 +96,28 @@ def test_training_from_scratch() -> None:
         for layer in (net[0], net[3], net[7], net[9], net[11]):
             assert layer.scale.shape == (1,)
             assert on_a_grid(layer.computed(), layer.scale)
+
+
+def same_kinds(file: Path, model: nn.Module, pictures: torch.Tensor) -> float:
+    with torch.no_grad():
+        wanted = model.eval()(pictures).argmax(1)
+    return (run(str(file), pictures)[0].argmax(1) == wanted).float().mean().item()
+
+
+def test_files_of_the_first_sample(from_scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, (data, _) = from_scratch[0].eval(), digits(200)
+    torch.onnx.export(model, data, "inter_model.onnx")
+    counts = operators("inter_model.onnx")
+    assert counts["QuantizeLinear"] == 5
+    assert counts["Conv"] == 2
+    convert_qat_model("inter_model.onnx", "./outputs/lenet")
+    fake_quant, deploy = (tmp_path / "outputs" / f"lenet_{kind}_model.onnx" for kind in ("fake_quant", "deploy"))
+    assert same_kinds(fake_quant, model, data) == 1
+    counts = operators(str(deploy))
+    assert (counts["AscendQuant"], counts["AscendDequant"]) == (5, 5)
+    weights = [one for one in onnx.load(deploy).graph.initializer if one.data_type == onnx.TensorProto.INT8]
+    assert sum(len(one.raw_data) for one in weights) == 150 + 2400 + 48000 + 10080 + 840
 
 
 def _set_module(model, submodule_key, module):
@@ -138,3 +172,17 @@ def test_fine_tuning_quantizes_after_the_calibration_batches(fine_tuned) -> None
         assert quantizer.clip_max.grad is not None
         low, high = quantizer.clips()
         assert low <= 0 < high
+
+
+def test_files_of_the_second_sample(fine_tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, data = fine_tuned[0].eval(), torch.randn(4, 3, 64, 64)
+    torch.onnx.export(model, data, "inter_model.onnx")
+    convert_qat_model("inter_model.onnx", "./outputs/resnet101")
+    # Two layers that read one tensor, and learned one scale, share a pair.
+    assert 100 <= operators("inter_model.onnx")["QuantizeLinear"] <= 104
+    assert operators("outputs/resnet101_deploy_model.onnx")["AscendDequant"] == 104
+    wanted = model(data)
+    for file in ("inter_model.onnx", "outputs/resnet101_fake_quant_model.onnx"):
+        got = run(file, data)[0]
+        assert (got - wanted).norm() < 0.1 * wanted.norm()

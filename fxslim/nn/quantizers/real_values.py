@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values of a module's parameters and buffers while torch.export runs it on stand-ins without values."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxslim.errors import ExportError
 
-__all__ = ["real_twin", "without_modes"]
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Nothing that is done in here is written down, not even that gradients are switched off."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def real_twin(module: _Module) -> _Module:
