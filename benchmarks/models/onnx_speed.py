@@ -40,6 +40,10 @@ NUM_BATCHES = 8
 # Ours by two choices of ranges: the one that theirs uses, and fxslim's own.
 OURS = {"fxslim, min_max": "min_max", "fxslim, mse": "mse"}
 THEIRS = "quantize_static, MinMax"
+COLUMNS = (
+    "model", "input", "file", "ms", "over float", "over theirs", "left in float", "integer", "size", "L2 exact",
+    "L2 here",
+)  # fmt: skip
 
 
 class Batches(CalibrationDataReader):
@@ -145,7 +149,7 @@ def rows(net: str, shape: tuple[int, ...], rounds: int) -> list[str]:
             low, _, high = statistics.quantiles(ratios, n=4)
             cells = [
                 net,
-                "{0} x {2} pixels".format(*shape[:1], *shape[1:3]),
+                f"{shape[0]} x {shape[-1]} pixels",
                 name,
                 f"{statistics.median(times) * 1e3:.1f}",
                 f"{median_ratio(seconds['float'], times):.2f} ({low:.2f} to {high:.2f})",
@@ -182,18 +186,18 @@ def report(nets: list[str], rounds: int) -> str:
     return "\n".join([
         f"# Speed of exported files in ONNX Runtime, {datetime.date.today()}", "",
         f"{machine()}, onnxruntime {onnxruntime.__version__}", "",
-        "`python -m benchmarks.models.onnx_speed`: one thread, process-CPU time, all four files take turns in one process",
-        f"on a machine shared with others, {rounds} rounds after two to warm up. `over float`: median of float / file in",
-        "the same round, with quartiles; `over theirs`: the same against `onnxruntime.quantization.quantize_static` (QDQ,",
-        "int8 weights per channel, uint8 activations, MinMax), which is calibrated on the same "
-        f"{NUM_BATCHES} batches.", "",
+        "`python -m benchmarks.models.onnx_speed`: one thread, process-CPU time, all four files take turns in one",
+        f"process on a machine shared with others, {rounds} rounds after two to warm up. `over float`: median of float",
+        "over file in the same round, with quartiles; `over theirs`: the same against",
+        "`onnxruntime.quantization.quantize_static` (QDQ, int8 weights per channel, uint8 activations, MinMax), which",
+        f"is calibrated on the same {NUM_BATCHES} batches.", "",
         *saturation_note(), "",
-        "`left in float`: operators that multiply and add in float after ONNX Runtime's own optimizations; `integer`: how",
-        "many compute in integers; `size`: of the file over the float file. `L2`: relative error to the float model in",
-        f"torch on {NUM_BATCHES} other batches: `exact` with operators one by one, `here` as it runs on this machine.",
+        "`left in float`: operators that multiply and add in float after ONNX Runtime's own optimizations; `integer`:",
+        "how many compute in integers; `size`: of the file over the float file. `L2`: relative error to the float",
+        f"model in torch on {NUM_BATCHES} other batches: `exact` with operators one by one, `here` as it runs on this",
+        "machine.",
         "Weights are random and inputs noise. Reproduce: `make onnx-speed`.", "",
-        "| model | input | file | ms | over float | over theirs | left in float | integer | size | L2 exact | L2 here |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|",
         *lines, "",
     ])  # fmt: skip
 
