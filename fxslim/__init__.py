@@ -22,6 +22,8 @@ from fxslim.errors import FxslimError as FxslimError
 from fxslim.errors import PlanError as PlanError
 from fxslim.errors import TraceError as TraceError
 from fxslim.errors import UnsupportedLayerError as UnsupportedLayerError
+from fxslim.export.onnx_export import export_onnx as export_onnx
+from fxslim.export.onnx_verification import verify_onnx as verify_onnx
 from fxslim.graph.channel_graph import ChannelGraph as ChannelGraph
 from fxslim.graph.channel_graph import trace as trace
 from fxslim.graph.cost import Cost as Cost

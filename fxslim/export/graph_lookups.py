@@ -32,7 +32,7 @@ def describe(node: Any) -> str:
     return f"{node.op_type} {node_name(node)!r}"
 
 
-def attributes(node: Any) -> dict[str, Any]:
+def attribute_values(node: Any) -> dict[str, Any]:
     """The node's attributes as Python values."""
     onnx = import_onnx("reading ONNX")
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -95,7 +95,7 @@ class GraphLookups:
         return None
 
     def _constant_node(self, node: Any) -> Array | None:
-        for key, value in attributes(node).items():
+        for key, value in attribute_values(node).items():
             if key == "value":
                 return self.onnx.numpy_helper.to_array(value)
             if key in ("value_float", "value_floats"):
@@ -107,4 +107,4 @@ class GraphLookups:
 
 def permutation(node: Any, ndim: int) -> list[int]:
     """The axes of a Transpose node, which reverses them where it names none."""
-    return list(attributes(node).get("perm", range(ndim)[::-1]))
+    return list(attribute_values(node).get("perm", range(ndim)[::-1]))

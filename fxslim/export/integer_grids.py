@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fxslim.errors import ExportError
-from fxslim.export.graph_lookups import Array, GraphLookups, attributes, describe, permutation
+from fxslim.export.graph_lookups import Array, GraphLookups, attribute_values, describe, permutation
 
 LOW, HIGH = -128, 127
 
@@ -50,8 +50,11 @@ class GridConstant:
     def floats(self) -> Array:
         """What DequantizeLinear gives."""
         grid, ndim = self.grid, self.values.ndim
-        whole = self.values.astype(np.int64) - grid.aligned(grid.zero_point, ndim)
-        return (whole.astype(np.float32) * grid.aligned(grid.scale, ndim)).astype(np.float32)
+        whole = self.values.astype(np.float32)
+        if grid.zero_point.any():
+            whole = (self.values - grid.aligned(grid.zero_point, ndim)).astype(np.float32)
+        whole *= grid.aligned(grid.scale, ndim)
+        return whole
 
     def transposed(self, order: list[int]) -> "GridConstant":
         """With axes in another order."""
@@ -69,7 +72,7 @@ def read_grid(graph: GraphLookups, node: Any, dtype: str | None = None) -> Grid:
         usable &= np.isfinite(np.float32(1) / scale)
     if not usable.all():
         raise ExportError(f"{describe(node)}: scale {scale[~usable][0]!r} has no finite reciprocal; calibrate it again")
-    found = attributes(node)
+    found = attribute_values(node)
     if found.get("block_size", 0):
         raise ExportError(
             f"{describe(node)}: block_size {found['block_size']}; only scales per tensor or axis are known"
@@ -127,7 +130,7 @@ def grid_constant(graph: GraphLookups, name: str) -> GridConstant | None:
         grid = _along_axis(node, read_grid(graph, node, stored.dtype.name), stored)
         if stored.dtype.name != grid.dtype:
             raise ExportError(f"{describe(node)}: integers are {stored.dtype.name}, its zero point is {grid.dtype}")
-        return GridConstant(values=_narrowed(stored.astype(np.int64) - grid.shift, grid), grid=grid)
+        return GridConstant(values=(stored ^ 128).view(np.int8) if grid.shift else stored, grid=grid)
     return _rounded_constant(graph, node)
 
 
@@ -146,11 +149,7 @@ def _rounded_constant(graph: GraphLookups, node: Any) -> GridConstant | None:
     check_pair(quantizer, grid, node, _along_axis(node, read_grid(graph, node, grid.dtype), floats))
     steps = np.rint(floats / grid.aligned(grid.scale, floats.ndim))
     whole = np.clip(steps + grid.aligned(grid.zero_point, floats.ndim), LOW, HIGH)
-    return GridConstant(values=_narrowed(whole, grid), grid=grid)
-
-
-def _narrowed(values: Array, grid: Grid) -> Array:
-    return values.astype(np.int32 if grid.dtype == "int32" else np.int8)
+    return GridConstant(values=whole.astype(np.int8), grid=grid)
 
 
 def _along_axis(node: Any, grid: Grid, values: Array) -> Grid:

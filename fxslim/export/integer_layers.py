@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of a QDQ file whose input and weight are quantized: int8 weight, int32 bias, scale of their products."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,8 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from fxslim.errors import ExportError
-from fxslim.export.graph_lookups import Array, GraphLookups, attributes, describe
+from fxslim.export.graph_lookups import Array, GraphLookups, attribute_values, describe
 from fxslim.export.integer_grids import GridConstant, grid_constant
+
+_log = logging.getLogger(__name__)
 
 LAYER_TYPES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1}
@@ -42,21 +45,22 @@ class IntegerLayer:
 
 
 def read_layer(graph: GraphLookups, node: Any, activations: Mapping[str, Quantized]) -> IntegerLayer | None:
-    """The layer, None where nothing of it is quantized; a layer that is quantized by half is an error."""
+    """The layer, None where its weight is in float; a quantized weight on an input in float is an error."""
     data, weight_name = node.input[0], node.input[1]
     activation, weight = activations.get(data), grid_constant(graph, weight_name)
-    if weight is None and weight_name in activations:
+    if weight_name in activations:
         raise ExportError(
             f"{describe(node)}: its second input {weight_name!r} is an activation; a quantized layer needs a constant "
             "weight there: leave both inputs in float"
         )
-    if activation is None and weight is None:
+    if weight is None:
+        if activation is not None:
+            _log.warning("%s stays in float: its input is quantized, its weight is not", describe(node))
         return None
-    if activation is None or weight is None:
-        there, missing = ("weight", "input") if activation is None else ("input", "weight")
+    if activation is None:
         raise ExportError(
-            f"{describe(node)}: its {there} is quantized, but its {missing} is not; integers need both: quantize the "
-            f"{missing} too, or skip this layer"
+            f"{describe(node)}: its weight is quantized, but its input is not; integers need both: quantize the input "
+            "too, or skip this layer"
         )
     _check_weight(node, weight)
     _check_attributes(node, weight)
@@ -93,7 +97,7 @@ def _check_weight(node: Any, weight: GridConstant) -> None:
 
 
 def _check_attributes(node: Any, weight: GridConstant) -> None:
-    found = attributes(node)
+    found = attribute_values(node)
     if node.op_type == "Gemm":
         wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         for name, value in wanted.items():
@@ -107,7 +111,7 @@ def _check_attributes(node: Any, weight: GridConstant) -> None:
 
 
 def _channels(node: Any, weight: GridConstant) -> int:
-    shape, found = weight.values.shape, attributes(node)
+    shape, found = weight.values.shape, attribute_values(node)
     if node.op_type == "ConvTranspose":
         return shape[1] * found.get("group", 1)
     if node.op_type == "Gemm" and not found.get("transB", 0):
@@ -124,7 +128,7 @@ def _product_scale(node: Any, data_scale: Any, weight: GridConstant) -> Array:
         )
     if node.op_type == "ConvTranspose" and scale.size > 1:
         # The file has one scale per channel of a group, and all groups share them.
-        scale = np.tile(scale, attributes(node).get("group", 1))
+        scale = np.tile(scale, attribute_values(node).get("group", 1))
     return scale
 
 

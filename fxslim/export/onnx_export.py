@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from fxslim.errors import ConfigError, ExportError, unknown_name
-from fxslim.export.deployed_copy import deployed_copy
 from fxslim.export.ascend_form import build_ascend_form
+from fxslim.export.deployed_copy import deployed_copy
 from fxslim.export.fake_quant_form import build_fake_quant_form
 from fxslim.export.file_places import in_place, kept_aside
+from fxslim.export.four_bit_weights import pack_four_bits
 from fxslim.export.onnx_programs import onnx_model, save_onnx
 from fxslim.export.onnx_verification import OnnxVerification, verify_onnx
 from fxslim.export.passes import settle
@@ -23,6 +24,7 @@ from fxslim.graph.inputs import as_inputs
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn.quantizers import each_activation_quantizer
 from fxslim.nn.quantizers.fixed import check_calibrated
+from fxslim.nn.quantizers.onnx_lowering import check_format
 from fxslim.plan.applied_plans import applied
 from fxslim.version import __version__
 
@@ -63,9 +65,11 @@ def export_onnx(
     for quantizer in each_activation_quantizer(model).values():
         if quantizer.enabled:
             check_calibrated(quantizer)
+            check_format(quantizer.config.format, quantizer.described())
     with in_place(path) as temporary:
         copy = deployed_copy(model, examples[0])
         written = onnx_model(copy, examples[0], input_names, output_names, dynamic_shapes, opset)
+        pack_four_bits(written, copy)
         settle(written)
         _describe(written, model)
         save_onnx(written, temporary)
@@ -84,8 +88,8 @@ def _check_target(model: nn.Module, target: str | None, form: str) -> None:
     for name in sorted(prepared):
         if wanted is not None and name != wanted:
             raise ExportError(
-                f"the model was prepared for {name!r}, whose grids are not those of {wanted!r}: prepare the float model "
-                f"with target={wanted!r}, or export without target= in form 'qdq'"
+                f"the model was prepared for {name!r}, whose grids are not those of {wanted!r}: prepare the float "
+                f"model with target={wanted!r}, or export without target= in form 'qdq'"
             )
 
 

@@ -67,7 +67,7 @@ def _explained(error: Exception, inputs: Inputs, dynamic_shapes: Any) -> Excepti
         cause = cause.__cause__
     text = f"{type(cause).__name__}: {str(cause).strip()}"
     if "dynamic_shapes" in text:
-        return ConfigError(f"dynamic_shapes={dynamic_shapes} does not fit {inputs}: {text}")
+        return ConfigError(f"dynamic_shapes={dynamic_shapes!r} does not fit {inputs}: {text}")
     return ExportError(
         f"torch.onnx.export can't write the model with {inputs}: {text}\n"
         "Look for the layer in torch.export.export(model, ...), whose error names it; rewrite what torch.export can't "

@@ -39,10 +39,11 @@ class OutputAgreement:
 class OnnxVerification:
     """How far ONNX Runtime is from torch, over all inputs.
 
-    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, relative L2: a value
-    between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
+    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, relative L2: a
+    value between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
     ``relative_here``: of the runtime as it is on this machine; larger where ``saturates``, since processors without
-    VNNI sum pairs of products in 16 bits.
+    VNNI sum pairs of products in 16 bits. ``refused``: what the runtime says where it loads the file only with its
+    optimizations switched off.
     """
 
     path: str
@@ -50,6 +51,7 @@ class OnnxVerification:
     rounding: float
     relative_here: float
     saturates: bool
+    refused: str = ""
 
     @property
     def relative(self) -> float:
@@ -70,10 +72,12 @@ class OnnxVerification:
                 f"same argmax {one.argmax:.2%}"
             )
         lines.append(f"  torch in float64 differs from itself by {self.rounding:.2g}")
-        if self.saturates:
+        if self.refused:
+            lines.append(f"  loaded only with graph_optimization_level ORT_DISABLE_ALL: {self.refused}")
+        elif self.saturates:
             lines.append(
-                f"  on this processor, which has no VNNI, relative L2 {self.relative_here:.2g}: sums of two products may "
-                "saturate; WeightQuant(reduce_range=True) avoids it, or the session option session.x64quantprecision=1"
+                f"  on this processor, which has no VNNI, relative L2 {self.relative_here:.2g}: sums of two products "
+                "may saturate; WeightQuant(reduce_range=True) avoids it, or session.x64quantprecision=1 in the session"
             )
         return "\n".join(lines)
 
@@ -84,11 +88,15 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
     The model's modes and buffers stay as they are.
     """
     path = Path(path)
-    exact, here = (_session(path, exact=exact) for exact in (True, False))
+    exact, refused = _session(path, exact=True), ""
+    try:
+        here = _session(path, exact=False)
+    except ExportError as error:
+        here, refused = exact, str(error)
     examples = as_inputs(inputs)
+    feeds = [_feed(exact, path, one) for one in examples]
     wanted, got, got_here = _outputs(model, examples), [], []
-    for one in examples:
-        feed = _feed(exact, path, one)
+    for feed in feeds:
         got.append(_run(exact, path, feed))
         got_here.append(_run(here, path, feed))
     names = [output.name for output in exact.get_outputs()]
@@ -106,6 +114,7 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
         rounding=_rounding(model, examples, wanted),
         relative_here=relative_here,
         saturates=not has_exact_products(),
+        refused=refused,
     )
 
 

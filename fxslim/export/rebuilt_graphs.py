@@ -3,6 +3,8 @@
 
 from typing import Any, Protocol
 
+import numpy as np
+
 from fxslim.export.graph_lookups import Array, names_read
 from fxslim.export.integer_grids import grid_constant
 from fxslim.export.integer_layers import IntegerLayer
@@ -62,7 +64,7 @@ class RebuiltGraph:
     def constant(self, name: str, values: Array) -> str:
         """A new initializer; gives its name."""
         name = self.unique(name)
-        self.constants[name] = self.onnx.numpy_helper.from_array(values, name)
+        self.constants[name] = values
         return name
 
     def shared_constant(self, role: str, old: str, name: str, values: Array) -> str:
@@ -110,7 +112,15 @@ def _add_old_constants(new: RebuiltGraph) -> None:
             stored = grid_constant(graph, name)
             value = graph.constant(name) if stored is None else stored.floats()
             if value is not None:
-                new.constants[name] = new.onnx.numpy_helper.from_array(value, name)
+                new.constants[name] = value
+
+
+def _fill(tensor: Any, name: str, values: Array, onnx: Any) -> None:
+    # In place, since protobuf can't copy a tensor of 2 GiB.
+    tensor.name = name
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    tensor.dims.extend(values.shape)
+    tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def _assemble(new: RebuiltGraph) -> Any:
@@ -124,7 +134,12 @@ def _assemble(new: RebuiltGraph) -> Any:
     graph = model.graph
     graph.name, graph.doc_string = old.graph.name, old.graph.doc_string
     graph.node.extend(new.nodes)
-    graph.initializer.extend(new.constants.values())
+    for name in list(new.constants):  # one at a time: together they can be gigabytes, twice
+        value = new.constants.pop(name)
+        if isinstance(value, np.ndarray):
+            _fill(graph.initializer.add(), name, value, new.onnx)
+        else:
+            graph.initializer.append(value)
     graph.input.extend(info for info in old.graph.input if info.name not in old.initializers)
     graph.output.extend(old.graph.output)
     for output in graph.output:

@@ -17,7 +17,7 @@ from fxslim.nn.norm_folding import folded_scale
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quant_dialects import as_quant_config
 from fxslim.nn.quantizers import ActivationQuantizer, Phased, WeightQuantizer, activation_quantizer, weight_quantizer
-from fxslim.nn.quantizers.onnx_lowering import is_lowering
+from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
 from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.nn.quantizers.stored_weights import StoredWeight
 from fxslim.nn.remade_weights import note_made, weights_made_again
@@ -128,7 +128,7 @@ class QuantizedLayer(MaskedWeights):
         if isinstance(quantizer, StoredWeight):
             return quantizer()
         if quantizer is not None and is_lowering():
-            with without_modes():
+            with without_modes(), telling():
                 kept = stored_weight(self, name)
             return self.masked(name) if kept is None else kept()
         weight = self.masked(name)

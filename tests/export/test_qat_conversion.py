@@ -136,6 +136,59 @@ def test_uint8_is_int8_with_every_number_128_less(kind) -> None:
         assert describe(one) == describe(other)
 
 
+def test_a_uint8_weight_is_int8_with_every_number_128_less() -> None:
+    forms = []
+    for dtype, shift in (("int8", 0), ("uint8", 128)):
+        new, integers = QdqBuilder(), np.array([[-128, 0], [5, 127]])
+        weight = new.stored("w", (integers + shift).astype(dtype), 0.25, shift)
+        new.node("MatMul", [new.activation("x", 0.5), weight], "y")
+        forms.append(converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])})))
+    for one, other in zip(*forms, strict=True):
+        assert describe(one) == describe(other)
+
+
+@pytest.mark.parametrize("bias, integers", [
+    (np.float32([0.26, -0.3]), [2, -2]),
+    (np.float32([[0.26, -0.3]]), [2, -2]),
+    (np.float32(0.25), [2, 2]),
+    (np.float32([-0.25]), [-2, -2]),
+])  # fmt: skip
+def test_biases_of_gemm(bias, integers) -> None:
+    new = QdqBuilder()
+    weight = new.stored("w", np.eye(2, dtype=np.int8), 0.25)
+    new.node("Gemm", [new.activation("x", 0.5), weight, new.constant("b", bias)], "y")
+    fake, deploy = converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])}))
+    stored = {t.name: numpy_helper.to_array(t) for t in deploy.graph.initializer}["y_node.bias"]
+    assert stored.dtype == np.int32
+    assert stored.tolist() == integers
+    np.testing.assert_array_equal(run(fake, x=np.zeros((1, 2), np.float32)), [np.float32(integers) / 8])
+
+
+def test_an_int32_bias_on_another_grid_is_rounded() -> None:
+    new = QdqBuilder()
+    weight, bias = new.stored("w", np.eye(2, dtype=np.int8), 0.25), new.stored("b", np.array([3, -9], np.int32), 0.1)
+    new.node("Gemm", [new.activation("x", 0.5), weight, bias], "y")
+    _, deploy = converted(new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])}))
+    stored = {t.name: numpy_helper.to_array(t) for t in deploy.graph.initializer}
+    assert stored["y_node.bias"].tolist() == [2, -7]
+
+
+def test_a_branch_reads_tensors_of_the_main_graph() -> None:
+    inner = QdqBuilder()
+    inner.node("Add", ["x_dq", "table_dq"], "inner")
+    branch = inner.model({}, {"inner": ("float32", [1, 2])}).graph
+    new = QdqBuilder()
+    new.stored("table", np.array([[3, 4]], np.int8), 0.5)
+    new.activation("x", 0.5)
+    new.node("If", [new.constant("c", np.array(True))], "y", then_branch=branch, else_branch=branch)
+    model = new.model({"x": ("float32", [1, 2])}, {"y": ("float32", [1, 2])})
+    fake, deploy = converted(model)
+    assert [node.op_type for node in deploy.graph.node] == ["AscendQuant", "AscendAntiQuant", "If"]
+    x = np.float32([[1.2, 7.7]])
+    for form in (fake, simulate(deploy)):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
 def sum_of_two(second_quantized: bool) -> onnx.ModelProto:
     new = QdqBuilder()
     a = new.activation("a", 0.5, 3)
@@ -226,6 +279,18 @@ def test_float_weights_behind_a_quantizer_are_rounded_as_the_runtime_does() -> N
     np.testing.assert_array_equal(stored, np.clip(np.rint(floats / np.float32(0.1)), -128, 127).T)
 
 
+def test_scales_follow_a_transposed_weight() -> None:
+    """AMCT's exporter writes a convolution's weight with its first two axes swapped, and scales along axis 1."""
+    rng, new = np.random.default_rng(5), QdqBuilder()
+    stored = new.stored("w", rng.integers(-9, 9, (2, 3, 1, 1)).astype(np.int8), [0.25, 0.5, 2.0], axis=1)
+    turned = new.node("Transpose", [stored], "turned", perm=[1, 0, 2, 3])
+    new.node("Conv", [new.activation("x", 0.5), turned], "y")
+    model = new.model({"x": ("float32", [1, 2, 2, 2])}, {"y": ("float32", [1, 3, 2, 2])})
+    x = rng.normal(0, 9, (1, 2, 2, 2)).astype(np.float32)
+    for form in (converted(model)[0], simulate(converted(model)[1])):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
 def test_a_quantized_constant_that_no_layer_reads_stays_float() -> None:
     new = QdqBuilder()
     table = new.stored(
@@ -236,6 +301,18 @@ def test_a_quantized_constant_that_no_layer_reads_stays_float() -> None:
     model = new.model({"x": ("float32", [2, 3])}, {"y": ("float32", [2, 3])})
     x = np.float32([[1, 2, 3], [4, 5, 6]])
     for form in (converted(model)[0], simulate(converted(model)[1])):
+        np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
+
+
+def test_a_layer_with_a_float_weight_stays_float_and_says_so(caplog) -> None:
+    new = QdqBuilder()
+    new.node("MatMul", [new.activation("x", 0.5, 3), new.constant("w", np.float32([[0.1], [0.2], [0.3]]))], "y")
+    model = new.model({"x": ("float32", [2, 3])}, {"y": ("float32", [2, 1])})
+    fake, deploy = converted(model)
+    assert "MatMul 'y_node' stays in float: its input is quantized, its weight is not" in caplog.text
+    assert [node.op_type for node in deploy.graph.node] == ["AscendQuant", "AscendAntiQuant", "MatMul"]
+    x = np.float32([[1, 2, 3], [4, 5, 6]])
+    for form in (fake, simulate(deploy)):
         np.testing.assert_array_equal(run(form, x=x), run(model, x=x))
 
 

@@ -55,6 +55,20 @@ def half_scales(new: QdqBuilder) -> None:
     new.node("Cast", [new.node("DequantizeLinear", [q, scale, zero], "dq")], "y", to=onnx.TensorProto.FLOAT)
 
 
+def different_types(new: QdqBuilder) -> None:
+    q = new.quantizer("x", 0.5, 0, "uint8")
+    new.node("DequantizeLinear", [q, *new.factors("other", 0.5, -128, "int8")], "y")
+
+
+def half_input() -> onnx.ModelProto:
+    new = QdqBuilder()
+    q = new.node("QuantizeLinear", ["x", *new.factors("f", 0.5, 0, "int8")], "q")
+    new.node("DequantizeLinear", [q, "f_scale", "f_zero"], "y")
+    model = of(new, opset=23)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model
+
+
 def weight(values: np.ndarray, kind: str = "MatMul", **grid) -> Callable[[], onnx.ModelProto]:
     def build(new: QdqBuilder) -> None:
         stored = new.stored("w", values, **{"scale": 1.0, **grid})
@@ -70,10 +84,6 @@ def two_activations(new: QdqBuilder) -> None:
 
 def weight_alone(new: QdqBuilder) -> None:
     new.node("MatMul", ["x", new.stored("w", EYE, 1.0)], "y")
-
-
-def input_alone(new: QdqBuilder) -> None:
-    new.node("MatMul", [new.activation("x", 0.5), new.constant("w", np.eye(2, dtype=np.float32))], "y")
 
 
 def gemm(bias: object = None, **attributes) -> Callable[[], onnx.ModelProto]:
@@ -127,6 +137,18 @@ def inside_of_a_branch() -> onnx.ModelProto:
     return of(new)
 
 
+def inside_of_a_function() -> onnx.ModelProto:
+    inner = QdqBuilder()
+    inner.nodes.append(onnx.helper.make_node("QuantizeLinear", ["a", "b"], ["c"], name="hidden"))
+    opset = [onnx.helper.make_opsetid("", 17)]
+    new = QdqBuilder()
+    new.activation("x", 0.5)
+    model = of(new, "x_dq")
+    model.functions.append(onnx.helper.make_function("own", "body", ["a", "b"], ["c"], inner.nodes, opset))
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    return model
+
+
 def deep_dilation() -> onnx.ModelProto:
     new = QdqBuilder()
     stored = new.stored("w", np.ones((1, 1, 2, 1, 1), np.int8), 1.0)
@@ -147,6 +169,8 @@ REFUSED = {
         r"'x_q_node' has scale 0.5, zero point 0, int8, but .* 'y_node' behind it has scale 0.25, zero point 3, int8",
     ),
     "pair of a weight": (built(different_weight_pair), r"'w_q_node' has scale 0.5, zero point 0.* zero point 1"),
+    "types of a pair": (built(different_types), r"zero point 0, uint8, but .* zero point -128, int8"),
+    "float16 input": (half_input, r"QuantizeLinear 'q_node': its input 'x' is FLOAT16; only float32 models"),
     "float16": (built(half_scales), r"'q_node': its scale is float16; only float32 models"),
     "zero point": (weight(EYE, zero_point=-3), r"weight has zero point -3 \(int8\), expected 0: .* symmetric"),
     "unsigned zero point": (weight(np.eye(2, dtype=np.uint8)), r"weight has zero point 0 \(uint8\), expected 128"),
@@ -155,7 +179,6 @@ REFUSED = {
     "scales do not fit": (weight(EYE, scale=[1.0, 2.0, 3.0], axis=0), r"3 scales along axis 0 .* shape \[2, 2\]"),
     "two activations": (built(two_activations), r"second input 'r_dq' is an activation; .* leave both inputs in float"),
     "weight alone": (built(weight_alone), r"its weight is quantized, but its input is not; .* skip this layer"),
-    "input alone": (built(input_alone), r"its input is quantized, but its weight is not"),
     "alpha": (gemm(alpha=0.5), r"alpha=0.5, but integers need alpha=1.0"),
     "transA": (gemm(transA=1), r"transA=1, but integers need transA=0"),
     "computed bias": (gemm(bias=True), r"its bias 'b' is computed, expected a constant"),
@@ -173,6 +196,7 @@ REFUSED = {
     "tiny products": (built(tiny_products), r"scale of input 1e-30 x scale of weight is not a float32 above 0"),
     "integers given": (integers_given, r"'y_node' reads 'x', which is neither a constant nor the output of"),
     "branch": (inside_of_a_branch, r"QuantizeLinear 'x_q_node' is inside of 'branch'; only the main graph"),
+    "function": (inside_of_a_function, r"QuantizeLinear 'hidden' is inside of 'body'; only the main graph"),
     "3d dilation": (deep_dilation, r"dilation 2 along depth, but a quantized 3d convolution needs 1 there"),
     "16 bits": (sixteen_bits, r"'x_q_node': integers of type uint16, expected int8 or uint8"),
     "old opset": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fxslim.export.passes.bounds_behind_grids import bound_integers, quantize_before_bounds
 from fxslim.export.passes.held_bounds import drop_held_bounds
 from fxslim.export.passes.integer_biases import store_biases_as_integers
 from fxslim.export.passes.linear_products import write_linear_as_gemm
@@ -20,22 +21,32 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ONCE_BEFORE = (turn_weights, merge_pairs)
-_REPEATED = (drop_held_bounds, move_pairs, merge_pairs, write_means_as_pools, write_linear_as_gemm)
+_REPEATED = (
+    drop_held_bounds,
+    quantize_before_bounds,
+    move_pairs,
+    merge_pairs,
+    write_means_as_pools,
+    write_linear_as_gemm,
+)
 _ONCE_BEHIND = (store_biases_as_integers, separate_zero_points, drop_unread_constants)
 
 
-def settle(model: ir.Model) -> ir.Model:
+def settle(model: ir.Model, *, integer_bounds: bool = True) -> ir.Model:
     """All passes in order, in place; the same model. The result settles to itself.
 
-    Exact, but for biases (half a step of their int32) and the order in which a mean is summed.
+    Exact, but for biases (half a step of their int32) and the order in which a mean is summed. ``integer_bounds`` lets
+    a Clip of integers stand between a Q and its DQ, where a grid is wider than a ReLU6; False keeps it in float, with
+    pairs around it, for those who look for a DQ right behind each Q.
     """
     for once in _ONCE_BEFORE:
         once(model)
+    repeated = (*_REPEATED, bound_integers) if integer_bounds else _REPEATED
     changed = True
     while changed:
         changed = False
-        for repeated in _REPEATED:
-            changed |= repeated(model)
+        for one in repeated:
+            changed |= one(model)
     for once in _ONCE_BEHIND:
         once(model)
     return model

@@ -68,9 +68,9 @@ def _output_axis(node: ir.Node) -> int | None:
     if node.op_type == "Conv":
         return 0
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-    if not plain or node.attributes.get_int("transA", 0):
+    if not plain or node.attributes.get_int("transA", 0) == 1:
         return None
-    return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if node.attributes.get_int("transB", 0) == 1 else 1
 
 
 def _fits(stored: np.ndarray, integers: np.ndarray, channels: int, bounds: tuple[int, int], zero_point: int) -> bool:

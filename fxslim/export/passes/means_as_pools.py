@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 def write_means_as_pools(model: ir.Model) -> bool:
     """Whether anything changed. The same mean; a sum in another order may differ in its last bits.
 
-    Only where the mean is read from a grid and put on one; elsewhere nothing is won.
+    Only where the mean is read from a grid and put on one; elsewhere nothing is won. And only where the steps of the
+    two are within a factor of 256: beyond, ONNX Runtime loads the file, and its kernel fails with "parameter out of
+    computation range" once it runs.
     """
     edit = GraphEdit(model)
     wanted = wanted_grids(model)
     for node in list(model.graph):
-        if is_operator(node, "ReduceMean") and node.outputs[0] in wanted:
+        grid = wanted.get(node.outputs[0]) if is_operator(node, "ReduceMean") else None
+        given = grid_of_value(node.inputs[0]) if grid is not None else None
+        if grid is not None and given is not None and 1 / 255 < given.scale / grid.scale < 255:
             _write(edit, node)
     return edit.changed
 
@@ -31,7 +35,7 @@ def _write(edit: GraphEdit, node: ir.Node) -> None:
 
     value, result = node.inputs[0], node.outputs[0]
     dims, axes = dims_of(value), _axes(node)
-    if value is None or dims is None or axes is None or grid_of_value(value) is None or len(dims) < 3:
+    if value is None or dims is None or axes is None or len(dims) < 3:
         return
     if sorted(axis % len(dims) for axis in axes) != list(range(2, len(dims))):
         return

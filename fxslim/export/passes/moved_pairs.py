@@ -36,9 +36,10 @@ def wanted_grids(model: ir.Model) -> dict[ir.Value, Grid]:
     wanted: dict[ir.Value, Grid] = {}
     unread: set[ir.Value] = set()
     for node in reversed(list(model.graph)):
-        for value in (*node.outputs, *node.inputs):
-            if value is not None and value not in wanted and value.producer() in (node, None):
-                _note(value, wanted, unread)
+        for value in node.outputs:
+            _note(value, wanted, unread)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _note(value, wanted, unread)
     return wanted
 
 
@@ -91,5 +92,6 @@ def _put_behind(node: ir.Node, wanted: Mapping[ir.Value, Grid], pairs: Pairs) ->
 
 def _is_constant(node: ir.Node) -> bool:
     """Whether a weight is moved, and no activation."""
-    makers = [node.inputs[index].producer() for index in moved_inputs(node)]
+    given = [node.inputs[index] for index in moved_inputs(node)]
+    makers = [value.producer() for value in given if value is not None]
     return all(maker is not None and array_of(maker.inputs[0]) is not None for maker in makers)

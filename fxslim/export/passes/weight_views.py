@@ -20,17 +20,18 @@ def turn_weights(model: ir.Model) -> bool:
 
     edit = GraphEdit(model)
     for node in list(model.graph):
-        dequantize = node.inputs[0].producer() if is_operator(node, "Transpose") and node.inputs[0] else None
+        value = node.inputs[0] if is_operator(node, "Transpose") else None
+        dequantize = None if value is None else value.producer()
         if dequantize is None or not is_operator(dequantize, "DequantizeLinear"):
             continue
-        integers, scale = array_of(dequantize.inputs[0]), array_of(dequantize.inputs[1])
-        if integers is None or scale is None or dequantize.attributes.get_int("block_size", 0):
+        stored, scale = dequantize.inputs[0], array_of(dequantize.inputs[1])
+        integers = array_of(stored)
+        if stored is None or integers is None or scale is None or dequantize.attributes.get_int("block_size", 0) > 0:
             continue
         order = list(node.attributes.get_ints("perm", range(integers.ndim)[::-1]))
-        turned = edit.constant(np.ascontiguousarray(integers.transpose(order)), f"{dequantize.inputs[0].name}_t")
-        attributes = dict(dequantize.attributes)
-        if scale.size != 1:
-            attributes["axis"] = order.index(axis_of(dequantize, integers.ndim))
+        turned = edit.constant(np.ascontiguousarray(integers.transpose(order)), f"{stored.name}_t")
+        axis = order.index(axis_of(dequantize, integers.ndim)) if scale.size != 1 else 0
+        attributes = {**dequantize.attributes, "axis": axis}
         result = edit.node(
             "DequantizeLinear",
             [turned, *dequantize.inputs[1:]],
@@ -59,7 +60,7 @@ def separate_zero_points(model: ir.Model) -> bool:
             if index == 2 and is_operator(node, "DequantizeLinear") and array_of(node.inputs[0]) is not None
         ]
         for node, index in uses[1:]:
-            node.replace_input_with(index, edit.constant(held.copy(), f"{node.inputs[0].name}_zero_point"))
+            node.replace_input_with(index, edit.constant(held.copy(), f"{value.name}_of_{node.name}"))
     return edit.changed
 
 

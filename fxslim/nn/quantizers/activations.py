@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
 from fxslim.nn.quantizers.fixed import fixed_quantizer
-from fxslim.nn.quantizers.onnx_lowering import is_lowering
+from fxslim.nn.quantizers.onnx_lowering import check_format, is_lowering, telling
 from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
 from fxslim.nn.quantizers.real_values import real_twin, without_modes
@@ -99,7 +99,8 @@ class ActivationQuantizer(Phased):
         return self._passed(x)
 
     def _lowered(self, x: Tensor) -> Tensor:
-        with without_modes():
+        with without_modes(), telling():
+            check_format(self.config.format, self.described())
             fixed = fixed_quantizer(real_twin(self))
         return fixed(x)
 

@@ -4,12 +4,15 @@
 Grids that these operators don't know are written as plain arithmetic.
 """
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxslim.errors import ExportError
+from fxslim.errors import ExportError, FxslimError
 
 _FLOAT_TYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -17,6 +20,16 @@ _FLOAT_TYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 def is_lowering() -> bool:
     """Whether this forward is being written as ONNX."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Errors in here are warnings too: torch's exporter goes on in another way, and ends with an error of that one."""
+    try:
+        yield
+    except FxslimError as error:
+        warnings.warn(f"the model can't be written as ONNX: {error}", stacklevel=2)
+        raise
 
 
 def lowered_activation(
@@ -37,17 +50,22 @@ def lowered_activation(
     return _there_and_back(given, scale, zero_point.to(dtype), dtype).to(x.dtype)
 
 
+def check_format(format: str, name: str) -> None:
+    """Raise for grids of activations that no operator knows."""
+    if format != "int" and format not in _FLOAT_TYPES:
+        raise ExportError(
+            f"{name} is in {format}, for which ONNX has no operator: quantize it to integers or to "
+            f"{' or '.join(_FLOAT_TYPES)}"
+        )
+
+
 def _there_and_back(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
     steps = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero_point), dtype=dtype, shape=x.shape)
     return torch.onnx.ops.symbolic("DequantizeLinear", (steps, scale, zero_point), dtype=x.dtype, shape=x.shape)
 
 
 def _on_float_grid(x: Tensor, scale: Tensor, format: str) -> Tensor:
-    dtype = _FLOAT_TYPES.get(format)
-    if dtype is None:
-        raise ExportError(
-            f"activations in {format} can't be exported: ONNX has operators for {', '.join(_FLOAT_TYPES)} and integers"
-        )
+    dtype = _FLOAT_TYPES[format]
     return _there_and_back(x.float(), scale, torch.zeros((), dtype=dtype), dtype).to(x.dtype)
 
 

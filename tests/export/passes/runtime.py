@@ -56,6 +56,6 @@ def parsed(text: str, **constants: np.ndarray) -> ir.Model:
     graph = onnx.parser.parse_graph(text)
     for name, array in constants.items():
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
-    opsets = [onnx.helper.make_opsetid("", 20)]
+    opsets = [onnx.helper.make_opsetid("", 21)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
