@@ -27,6 +27,8 @@ DETECTORS = {
 }
 # Not run: in float64 and in copies they need more memory than a small machine has.
 TOO_LARGE = {"vit_h_14": "632 million parameters, 2.5 GB", "regnet_y_128gf": "645 million parameters, 2.6 GB"}
+# Heads that only training runs: calibration finds no ranges for them.
+TRAINING_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 BATCH = 4
 
 
