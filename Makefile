@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed memory scaling tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed memory scaling deploy-layers tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -36,7 +36,7 @@ $(READY): setup.py setup.cfg pyproject.toml $(SOURCES) $(if $(FXSLIM_PYTHON),,$(
 	$(PYTHON) setup.py -q build_ext --inplace
 	@mkdir -p build && rm -f build/ready-* && touch $(READY)
 
-demo: setup  ## train, compress and compare a small model on real images
+demo: setup  ## train, compress, export and compare a small model on real images
 	$(PYTHON) examples/digits_demo.py
 
 test: setup  ## all tests, with native kernels and again with the reference
@@ -74,6 +74,9 @@ onnx-zoo: setup  ## export torchvision's models and small transformers, run each
 
 onnx-speed: setup  ## exported files beside the float file and ONNX Runtime's own quantizer, one thread; writes a dated report
 	$(PYTHON) -m benchmarks.models.onnx_speed
+
+deploy-layers: setup  ## deployed layers beside float, and torch's integer kernels; writes a dated report
+	$(PYTHON) -m benchmarks.models.deploy_layers --report benchmarks/reports
 
 memory: setup  ## peak memory of tracing and pruning beside one forward; writes a dated report
 	$(PYTHON) -m benchmarks.models.peak_memory

@@ -13,6 +13,9 @@ from fxslim.checkpoint.model_files import save as save
 from fxslim.checkpoint.plan_files import load_plan as load_plan
 from fxslim.checkpoint.shrunk_weights import BlockMap as BlockMap
 from fxslim.checkpoint.shrunk_weights import load_shrunk as load_shrunk
+from fxslim.deploy.convert_plan import ConvertPlan as ConvertPlan
+from fxslim.deploy.converting import convert as convert
+from fxslim.deploy.converting import plan_convert as plan_convert
 from fxslim.errors import CalibrationError as CalibrationError
 from fxslim.errors import CheckpointError as CheckpointError
 from fxslim.errors import ConfigError as ConfigError

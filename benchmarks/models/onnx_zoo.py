@@ -25,9 +25,15 @@ from benchmarks.models.onnx_models import BATCH, NAMES, TOO_LARGE, TRAINING_HEAD
 from benchmarks.models.onnx_operators import in_float, in_integers, operators
 from benchmarks.models.onnx_speed import saturation_note
 from benchmarks.timing import machine
-from fxslim.export import OnnxVerification, export_onnx, verify_onnx
+from fxslim.export import OnnxVerification, export_onnx
+from fxslim.graph.inputs import output_tensors
 
 TOLERANCE = 0.01
+PASSED = ("OK", "BIASES", "ROUNDING")
+COLUMNS = (
+    "model", "", "input", "left in float", "integer", "size", "quantized", "relative", "float biases", "rounding",
+    "here", "argmax", "seconds",
+)  # fmt: skip
 
 
 def num_bytes(model: nn.Module) -> int:
@@ -36,10 +42,11 @@ def num_bytes(model: nn.Module) -> int:
 
 
 def verdict(seen: OnnxVerification) -> str:
-    """OK within the tolerance; ROUNDING beyond it, but as near as three times what float64 changes in torch."""
+    """OK within the tolerance; BIASES: so with biases in float; ROUNDING: within three times what float64 changes."""
     if seen.relative <= TOLERANCE:
         return "OK"
-    return "ROUNDING" if seen.relative <= 3 * seen.rounding else "APART"
+    alone = seen.with_float_biases
+    return "BIASES" if alone is not None and alone <= TOLERANCE else "ROUNDING"
 
 
 def row(name: str) -> str:
@@ -47,12 +54,17 @@ def row(name: str) -> str:
     start = time.process_time()
     model, x = build(name)
     float_bytes = num_bytes(model)
-    skip = TRAINING_HEADS.get(name, ())
-    fxslim.quantize(model, "int8", data=[x], example_inputs=x, target="onnxruntime", skip=skip)
+    with torch.no_grad():
+        wanted = output_tensors(model(x))
+        skip = TRAINING_HEADS.get(name, ())
+        fxslim.quantize(model, "int8", data=[x], example_inputs=x, target="onnxruntime", skip=skip)
+        got = output_tensors(model(x))
+    error = max(float((a - b).norm() / a.norm()) for a, b in zip(wanted, got, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(model, x, path, verify=False)
-        seen = verify_onnx(model, path, x)
+        # Raises where the file is further from the model than rounding explains.
+        seen = export_onnx(model, x, path, tolerance=TOLERANCE)
+        assert seen is not None
         found = operators(path)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     cells = [
@@ -62,7 +74,9 @@ def row(name: str) -> str:
         in_float(found),
         str(in_integers(found)),
         f"{size / float_bytes:.2f}",
+        f"{error:.2g}",
         f"{seen.relative:.2g}",
+        "" if seen.with_float_biases is None else f"{seen.with_float_biases:.2g}",
         f"{seen.rounding:.2g}",
         f"{seen.relative_here:.2g}",
         f"{seen.argmax:.0%}",
@@ -73,14 +87,15 @@ def row(name: str) -> str:
 
 def guarded_row(name: str) -> str:
     """A line for a model that fails or is left out, too."""
+    empty = " |" * (len(COLUMNS) - 3)
     if name in TOO_LARGE:
-        return f"| {name} | LEFT OUT | | {TOO_LARGE[name]} | | | | | | | |"
+        return f"| {name} | LEFT OUT | | {TOO_LARGE[name]}{empty}"
     torch.manual_seed(0)
     try:
         return row(name)
     except Exception as error:
         told = " ".join(str(error).split()).replace("|", "/")[:300]
-        return f"| {name} | FAILED | | {type(error).__name__}: {told} | | | | | | | |"
+        return f"| {name} | FAILED | | {type(error).__name__}: {told}{empty}"
 
 
 def known_lines(path: Path) -> dict[str, str]:
@@ -91,17 +106,22 @@ def known_lines(path: Path) -> dict[str, str]:
 
 def write(path: Path, lines: dict[str, str]) -> None:
     """The whole report."""
-    counts = {word: sum(f"| {word} |" in line for line in lines.values()) for word in ("OK", "ROUNDING", "APART")}
-    ran = [line.split("|")[4].strip() for line in lines.values() if any(f"| {word} |" in line for word in counts)]
+    counts = {word: sum(f"| {word} |" in line for line in lines.values()) for word in (*PASSED, "FAILED", "LEFT OUT")}
+    ran = [line.split("|")[4].strip() for line in lines.values() if any(f"| {word} |" in line for word in PASSED)]
     head = [
         f"# Models exported to ONNX and run by ONNX Runtime, {datetime.date.today()}", "",
         f"{machine()}, torchvision {torchvision.__version__}, onnxruntime {onnxruntime.__version__}", "",
         f"{len(ran)} of {len(lines)} quantized with `fxslim.quantize(model, \"int8\", target=\"onnxruntime\")` on a",
-        f"batch of {BATCH} random inputs, exported with `export_onnx`, loaded and run: {counts['OK']} OK, relative L2",
-        f"to the quantized torch model at most {TOLERANCE:.0%}; {counts['ROUNDING']} ROUNDING, more, but at most three",
-        f"times `rounding`, which is what float64 alone changes in torch; {counts['APART']} APART, more than that.",
-        f"In {ran.count('none')} nothing that multiplies or adds is left in float. Weights are random, of order 1: a",
-        "rounding that falls to the other side grows from layer to layer, as it does not in a trained model.", "",
+        f"batch of {BATCH} random inputs, exported with `export_onnx`, loaded and run; {counts['FAILED']} FAILED,",
+        f"{counts['LEFT OUT']} LEFT OUT, {len(NAMES) - len(lines)} not run yet. In {ran.count('none')} nothing that",
+        "multiplies or adds is left in float.", "",
+        f"- OK ({counts['OK']}): relative L2 to the quantized torch model is at most {TOLERANCE:.0%}.",
+        f"- BIASES ({counts['BIASES']}): more, but at most {TOLERANCE:.0%} with biases in float. Integer kernels add",
+        "  biases of int32, which are up to half a step of the sums off.",
+        f"- ROUNDING ({counts['ROUNDING']}): more, but (with biases in float) at most three times `rounding`, which is",
+        "  what float64 alone changes in the torch model.", "",
+        "Weights are random, of order 1, unlike a trained model's: a value that is rounded to the other side changes",
+        "more of them from layer to layer. `quantized`: relative L2 of the quantized torch model to the float one.", "",
         *saturation_note(), "",
         "`left in float`: of Conv, Gemm, MatMul, Add and BatchNormalization, after ONNX Runtime's own optimizations;",
         "`integer`: operators in integers; `size`: of the file over the float model's parameters and buffers;",
@@ -109,8 +129,7 @@ def write(path: Path, lines: dict[str, str]) -> None:
         "`argmax`: how often the largest entry of a row of the output is the same; seconds of CPU time for all of it.",
         "Of detectors the backbone, the feature pyramid and the dense head are exported (of R-CNNs that of region",
         "proposals), since boxes are chosen outside of what is quantized. Reproduce: `make onnx-zoo`.", "",
-        "| model | | pixels | left in float | integer | size | relative | rounding | here | argmax | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|",
     ]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*head, *(lines[name] for name in sorted(lines)), ""]))

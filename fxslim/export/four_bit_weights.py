@@ -15,7 +15,6 @@ def pack_four_bits(written: Any, model: nn.Module) -> None:
     """Store what fits into INT4, and its zero points, so; ``model`` is what was written."""
     if written.opset_imports.get("", 0) < LEAST_OPSET:
         return
-    ir = onnx_package("onnx_ir")
     narrow = [
         f"{name}.integers"
         for name, module in model.named_modules()

@@ -13,10 +13,10 @@ from torch import nn
 from fxslim.errors import ConfigError, ExportError, unknown_name
 from fxslim.export.ascend_form import build_ascend_form
 from fxslim.export.bias_rounding import is_rounding, largest_bias_error
-from fxslim.export.deployed_copy import deployed_copy
 from fxslim.export.fake_quant_form import build_fake_quant_form
 from fxslim.export.file_places import in_place, kept_aside
 from fxslim.export.four_bit_weights import pack_four_bits
+from fxslim.export.model_copies import deployed_copy
 from fxslim.export.onnx_programs import onnx_model, save_onnx
 from fxslim.export.onnx_verification import OnnxVerification, verify_onnx
 from fxslim.export.passes import settle
@@ -25,7 +25,7 @@ from fxslim.export.saved_models import save_models
 from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn.quantizers import each_activation_quantizer
-from fxslim.nn.quantizers.fixed import check_calibrated
+from fxslim.nn.quantizers.fixed_quantizers import check_calibrated
 from fxslim.nn.quantizers.onnx_lowering import check_format
 from fxslim.plan.applied_plans import applied
 from fxslim.version import __version__

@@ -49,9 +49,27 @@ def onnx_model(
     except Exception as error:
         raise _explained(error, inputs, dynamic_shapes) from error
     assert program is not None
+    _drop_origins(program.model)
     if output_names is None:
         _name_outputs(program.model.graph)
     return program.model
+
+
+def _drop_origins(model: Any) -> None:
+    """Leave out what the exporter notes of where each node comes from.
+
+    Stack traces with the folders and source lines of this machine: not what one gives away with a model, and in a small
+    one as large as its integer weights.
+    """
+    ir = onnx_package("onnx_ir")
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def _name_outputs(graph: Any) -> None:

@@ -8,8 +8,10 @@ from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from fxslim.errors import UnsupportedLayerError
 from fxslim.nn.handed_over import HandedOver
 from fxslim.nn.qat_linear import LinearQAT
+from fxslim.nn.quantizers import ActivationQuantizer
 
 # The weights that a layer showed while its owner runs.
 _SHOWN = "_shown_weights"
@@ -29,6 +31,11 @@ class HandedOverLinearQAT(HandedOver, LinearQAT):
         if shown is not None:
             shown.append(weight)
         return weight
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        raise UnsupportedLayerError(
+            f"{type(self).__name__} can't be deployed: its weight is read as a float tensor by the module that it is in"
+        )
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Here the input is quantized already.

@@ -24,6 +24,17 @@ def folded_scale(norm: nn.Module) -> Tensor:
     return torch.where(scale.isfinite() & (scale != 0), scale, torch.ones_like(scale))
 
 
+@torch.no_grad()
+def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel by which a norm does its work with running statistics."""
+    layer: Any = norm
+    factor = torch.rsqrt(layer.running_var + layer.eps)
+    if layer.weight is not None:
+        factor = factor * layer.weight
+    shift = -layer.running_mean * factor
+    return factor.detach(), (shift if layer.bias is None else shift + layer.bias).detach()
+
+
 class NormFreezer(Phased):
     """Counts the training batches of a norm; after so many it normalises by its running statistics, in training too."""
 
@@ -54,3 +65,12 @@ def freeze_later(norm: nn.Module, batches: int) -> None:
     """Let a norm freeze after so many training batches."""
     norm.add_module(FREEZER, NormFreezer(batches).to(next(iter(norm.buffers())).device))
     norm.register_forward_pre_hook(count_batches)
+
+
+def without_norm(norm: nn.Module) -> nn.Module:
+    """What stands where a norm became part of the layer before: nothing, but a quantizer of its output."""
+    made = nn.Identity()
+    quantizer = norm._modules.get("output_quantizer")
+    if quantizer is not None:
+        made.add_module("output_quantizer", quantizer)
+    return made

@@ -5,6 +5,7 @@ The plain layer hands its weights to one function. Here the projections are prod
 quantized weights and inputs; ``out_proj`` is a ``LinearQAT``.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxslim.errors import ConfigError, UnsupportedLayerError
+from fxslim.nn.deployed_layers import DeployedLayer, held, keep_from_fusing
+from fxslim.nn.int8_linear import deployed_linear
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_attention import MaskedMultiheadAttention
 from fxslim.nn.masked_linear import MaskedLinear
 from fxslim.nn.qat_linear import LinearQAT
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quantized_layers import QuantizedLayer
+from fxslim.nn.quantizers import ActivationQuantizer
+from fxslim.nn.small_weights import SmallWeight
+from fxslim.patterns.weight_layout import WeightLayout
 
 
 class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
@@ -36,6 +42,9 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             out_proj: Any = copied_as(self.out_proj, LinearQAT)
             out_proj.start_quantizing(config)
             self.out_proj = out_proj
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        return DeployedAttention(self, given)
 
     def to_float(self) -> nn.Module:
         plain: Any = super().to_float()
@@ -98,14 +107,17 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             done.append((x, given if quantizer is None or same is None else quantizer.unneeded(x, same)))
         return [shown for _, shown in done]
 
-    def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Projections as (batch, heads, places, dims), and how many places were added to keys and values."""
+    def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
         if self.in_proj_weight is not None:
             weights = self.computed("in_proj_weight").chunk(3)
         else:
             weights = tuple(self.computed(name) for name in self.maskable)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+    def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Projections as (batch, heads, places, dims), and how many places were added to keys and values."""
+        q, k, v = self._projected(inputs)
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
@@ -140,6 +152,51 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         return weights @ v, weights
+
+
+class DeployedAttention(nn.Module):
+    """``nn.MultiheadAttention`` whose projections are deployed linear layers: in integers where torch has kernels."""
+
+    # What torch's encoder layers ask, before they take their fused path.
+    _qkv_same_embed_dim, in_proj_weight, in_proj_bias = False, None, None
+
+    def __init__(self, layer: MultiheadAttentionQAT, given: ActivationQuantizer | None = None) -> None:
+        super().__init__()
+        for name in ("embed_dim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn"):
+            setattr(self, name, getattr(layer, name))
+        for name in ("bias_k", "bias_v"):
+            value = getattr(layer, name)
+            self.register_buffer(name, None if value is None else value.detach().clone())
+        weights = [SmallWeight.of(layer, name, WeightLayout()) for name in layer.maskable]
+        weights = weights[0].split(3) if len(weights) == 1 else weights
+        biases = [None] * 3 if layer.in_proj_bias is None else [b.clone() for b in layer.in_proj_bias.detach().chunk(3)]
+        for name, weight, bias, source in zip("qkv", weights, biases, layer.input_names, strict=True):
+            part = SimpleNamespace(
+                in_features=weight.row_shape[1], out_features=weight.row_shape[0], input_dims=None, bias=bias,
+                input_quantizer=layer._modules.get(f"{source}_quantizer"), output_quantizer=None,
+                is_fused_by_torch=False,
+            )  # fmt: skip
+            self.add_module(f"{name}_proj", deployed_linear(part, None, given, weight))
+        out_proj: Any = layer.out_proj
+        self.out_proj = out_proj.deployed(None, None)
+        self.output_quantizer = None if layer.output_quantizer is None else held(layer.output_quantizer)
+        keep_from_fusing(self)
+
+    input_dims, check_call = None, DeployedLayer.check_input
+    forward = MultiheadAttentionQAT.forward
+    _heads, _mask, _attended = (getattr(MultiheadAttentionQAT, name) for name in ("_heads", "_mask", "_attended"))
+
+    def _quantized_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Projections; the grid of the query serves for what is the same tensor."""
+        layers: list[Any] = [self.q_proj, self.k_proj, self.v_proj]
+        inputs, found = (query, key, value), []
+        for x, layer in zip(inputs, layers, strict=True):
+            first = next(number for number, other in enumerate(inputs) if other is x)
+            found.append(layer.computed(x, layers[first].input_quantizer))
+        return found
+
+    def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
+        return inputs
 
 
 def _check_masks(q: Tensor, num_keys: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:

@@ -4,6 +4,8 @@
 from torch import nn
 
 from fxslim.errors import ConfigError
+from fxslim.nn.dequantized_layers import DequantizedConv
+from fxslim.nn.int8_conv import deployed_conv2d
 from fxslim.nn.masked_convolutions import (
     MaskedConv1d,
     MaskedConv2d,
@@ -13,6 +15,7 @@ from fxslim.nn.masked_convolutions import (
     MaskedConvTranspose3d,
 )
 from fxslim.nn.quantized_layers import QuantizedLayer
+from fxslim.nn.quantizers import ActivationQuantizer
 
 
 class _QuantizedConvolution(QuantizedLayer):
@@ -23,6 +26,9 @@ class _QuantizedConvolution(QuantizedLayer):
             raise ConfigError(
                 f"{type(self).__name__} pads with zeros, got padding_mode={mode!r}: leave the layer in float"
             )
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        return DequantizedConv(self, norm, given)
 
 
 class Conv1dQAT(_QuantizedConvolution, MaskedConv1d):
@@ -39,6 +45,9 @@ class Conv2dQAT(_QuantizedConvolution, MaskedConv2d):
     """
 
     float_class, masked_class, input_dims = nn.Conv2d, MaskedConv2d, 4
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        return deployed_conv2d(self, norm, given)
 
 
 class Conv3dQAT(_QuantizedConvolution, MaskedConv3d):

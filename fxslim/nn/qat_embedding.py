@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxslim.errors import DtypeError, UnsupportedLayerError
+from fxslim.nn.dequantized_layers import DequantizedEmbedding
 from fxslim.nn.masked_weights import MaskedWeights
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quantized_layers import QuantizedLayer
+from fxslim.nn.quantizers import ActivationQuantizer
 
 
 class _ComputedEmbedding(MaskedWeights, nn.Embedding):
@@ -44,6 +46,9 @@ class EmbeddingQAT(QuantizedLayer, _ComputedEmbedding):
     @classmethod
     def checked_config(cls, config: Any) -> QuantConfig:
         return replace(super().checked_config(config), activation=None)
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        return DequantizedEmbedding(self, norm, given)
 
     def check_call(self, input: Tensor) -> None:
         if input.is_floating_point():

@@ -3,8 +3,10 @@
 
 from torch import nn
 
+from fxslim.nn.int8_linear import deployed_linear
 from fxslim.nn.masked_linear import MaskedLinear
 from fxslim.nn.quantized_layers import QuantizedLayer
+from fxslim.nn.quantizers import ActivationQuantizer
 
 
 class LinearQAT(QuantizedLayer, MaskedLinear):
@@ -17,3 +19,6 @@ class LinearQAT(QuantizedLayer, MaskedLinear):
 
     float_class, masked_class = nn.Linear, MaskedLinear
     is_fused_by_torch = True
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        return deployed_linear(self, norm, given)

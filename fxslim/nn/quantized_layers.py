@@ -182,6 +182,21 @@ class QuantizedLayer(MaskedWeights):
         strip_quantizers(plain)
         return plain
 
+    def to_deploy(self, *, norm: nn.Module | None = None, given: ActivationQuantizer | None = None) -> nn.Module:
+        """A layer that computes with the quantized weight as it is stored; this one stays as it is.
+
+        ``norm``: a batch norm behind the layer that becomes part of it. ``given``: the quantizer of another module
+        that the input comes from.
+        """
+        for path, quantizer in self.named_modules():
+            if isinstance(quantizer, Phased):
+                check_ready(quantizer, path)
+        return self.deployed(norm, given)
+
+    def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
+        """The same, whether or not there are ranges."""
+        raise UnsupportedLayerError(f"{type(self).__name__} can't be deployed: it stays as it is")
+
     @property
     def scale(self) -> Tensor:
         """The scales of the weight as it is."""
@@ -202,6 +217,27 @@ class QuantizedLayer(MaskedWeights):
             )
         quantizer: Any = self._modules[found[0] + _SUFFIX]
         return quantizer.grid_of(self.masked(found[0]))
+
+
+def check_ready(quantizer: Phased, path: str) -> None:
+    """Raise where a quantizer does not quantize yet, or is switched off."""
+    obstacle = unready(quantizer)
+    if obstacle:
+        raise CalibrationError(f"{getattr(quantizer, 'layer_name', None) or path} {obstacle}")
+
+
+def unready(quantizer: Phased) -> str:
+    """Why the grid of a quantizer is not final; "" where it is."""
+    if not quantizer.enabled:
+        return "is switched off: fxslim.quantization.switch_quantizers(model, True) first"
+    needed = getattr(quantizer, "batches_needed", getattr(quantizer, "start_step", 0))
+    missing = needed - quantizer.batches_seen
+    if missing <= 0:
+        return ""
+    return (
+        f"has seen {quantizer.batches_seen} of {needed} batches: train on {missing} more, or choose ranges with "
+        "fxslim.calibrating(model)"
+    )
 
 
 def stored_weight(layer: QuantizedLayer, name: str) -> StoredWeight | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
-from fxslim.nn.quantizers.fixed import fixed_quantizer
+from fxslim.nn.quantizers.fixed_quantizers import fixed_quantizer
 from fxslim.nn.quantizers.onnx_lowering import check_format, is_lowering, telling
 from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks

@@ -48,7 +48,7 @@ class WeightQuantizer(Phased):
 
         ``folded``: what each output channel will be multiplied with before; the result is divided by it again.
         """
-        scale = None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
+        scale = self.folding_factor(folded, weight)
         given = weight if scale is None else weight * scale
         self.start_if_due(given)
         if not self._is_on():
@@ -57,10 +57,14 @@ class WeightQuantizer(Phased):
         result = self._by_rows(given, self.quantized)
         return result if scale is None else result / scale
 
+    def folding_factor(self, folded: Tensor | None, weight: Tensor) -> Tensor | None:
+        """What the weight is multiplied with before it is quantized, in its own layout; None: nothing need be."""
+        return None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
+
     @torch.no_grad()
     def values_and_scale(self, weight: Tensor, folded: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight times ``folded`` on its grid, as it is now, and the scales; None where steps are no integers."""
-        scale = None if folded is None or self.minds_no_folding else self._along_outputs(folded, weight)
+        scale = self.folding_factor(folded, weight)
         given = weight.detach() if scale is None else weight.detach() * scale
         self.start_if_due(given)
         self.look_at(given)

@@ -14,7 +14,7 @@ from fxslim.nn import QuantizedLayer
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.quantized_layers import stored_weight
 from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from fxslim.nn.quantizers.fixed import fixed_quantizer
+from fxslim.nn.quantizers.fixed_quantizers import fixed_quantizer
 from fxslim.patterns.weight_layout import layout_of
 from fxslim.quantization.dataflow import Dataflow
 
