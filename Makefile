@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo memory scaling deploy-layers tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed memory scaling deploy-layers tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -68,6 +68,12 @@ quant-step: setup  ## a quantized training step, calibration and memory beside f
 
 quant-zoo: setup  ## quantize torchvision's classification models, train, save and load each; writes a dated report
 	$(PYTHON) -m benchmarks.models.quant_zoo
+
+onnx-zoo: setup  ## export torchvision's models and small transformers, run each in ONNX Runtime; writes a dated report
+	$(PYTHON) -m benchmarks.models.onnx_zoo
+
+onnx-speed: setup  ## exported files beside the float file and ONNX Runtime's own quantizer, one thread; writes a dated report
+	$(PYTHON) -m benchmarks.models.onnx_speed
 
 deploy-layers: setup  ## deployed layers beside float, and torch's integer kernels; writes a dated report
 	$(PYTHON) -m benchmarks.models.deploy_layers --report benchmarks/reports

@@ -43,7 +43,8 @@ class OnnxVerification:
     value between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
     ``relative_here``: of the runtime as it is on this machine; larger where ``saturates``, since processors without
     VNNI sum pairs of products in 16 bits. ``refused``: what the runtime says where it loads the file only with its
-    optimizations switched off.
+    optimizations switched off. ``with_float_biases``: ``relative`` without the rounding of biases to int32, where
+    export_onnx looked for what sets a file apart.
     """
 
     path: str
@@ -52,6 +53,7 @@ class OnnxVerification:
     relative_here: float
     saturates: bool
     refused: str = ""
+    with_float_biases: float | None = None
 
     @property
     def relative(self) -> float:
@@ -72,6 +74,8 @@ class OnnxVerification:
                 f"same argmax {one.argmax:.2%}"
             )
         lines.append(f"  torch in float64 differs from itself by {self.rounding:.2g}")
+        if self.with_float_biases is not None:
+            lines.append(f"  without the rounding of biases to int32: relative L2 {self.with_float_biases:.2g}")
         if self.refused:
             lines.append(f"  loaded only with graph_optimization_level ORT_DISABLE_ALL: {self.refused}")
         elif self.saturates:

@@ -29,15 +29,15 @@ _REPEATED = (
     write_means_as_pools,
     write_linear_as_gemm,
 )
-_ONCE_BEHIND = (store_biases_as_integers, separate_zero_points, drop_unread_constants)
+_ONCE_BEHIND = (separate_zero_points, drop_unread_constants)
 
 
-def settle(model: ir.Model, *, integer_bounds: bool = True) -> ir.Model:
+def settle(model: ir.Model, *, integer_bounds: bool = True, integer_biases: bool = True) -> ir.Model:
     """All passes in order, in place; the same model. The result settles to itself.
 
     Exact, but for biases (half a step of their int32) and the order in which a mean is summed. ``integer_bounds`` lets
     a Clip of integers stand between a Q and its DQ, where a grid is wider than a ReLU6; False keeps it in float, with
-    pairs around it, for those who look for a DQ right behind each Q.
+    pairs around it, for those who look for a DQ right behind each Q. Without ``integer_biases``, biases stay in float.
     """
     for once in _ONCE_BEFORE:
         once(model)
@@ -47,6 +47,8 @@ def settle(model: ir.Model, *, integer_bounds: bool = True) -> ir.Model:
         changed = False
         for one in repeated:
             changed |= one(model)
+    if integer_biases:
+        store_biases_as_integers(model)
     for once in _ONCE_BEHIND:
         once(model)
     return model

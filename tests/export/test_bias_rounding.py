@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""export_onnx takes a file that only the rounding of its int32 biases sets apart, and none with other biases."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxslim
+from fxslim.errors import ExportError
+from fxslim.export import export_onnx, verify_onnx
+from fxslim.export.passes import graph_edits, integer_biases
+
+# Between what float32 turns over and what int32 biases do.
+TOLERANCE = 2e-4
+
+
+def steep() -> tuple[nn.Module, torch.Tensor]:
+    """One product a sum: a step of a bias is a hundredth of an output step, so that many outputs turn over."""
+    generator = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(1, 64)), torch.rand(512, 1, generator=generator) * 2 - 1
+    nn.init.uniform_(model[0].weight, -1, 1, generator)
+    nn.init.uniform_(model[0].bias, -1, 1, generator)
+    return fxslim.quantize(model, "int8", data=[x], example_inputs=x), x
+
+
+def test_rounded_biases_are_no_disagreement(tmp_path: Path) -> None:
+    model, x = steep()
+    found = export_onnx(model, x, tmp_path / "m.onnx", tolerance=TOLERANCE)
+    assert found is not None
+    assert found.relative > max(TOLERANCE, 3 * found.rounding)
+    assert found.with_float_biases is not None
+    assert found.with_float_biases <= max(TOLERANCE, 3 * found.rounding)
+    assert "without the rounding of biases" in str(found)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    assert verify_onnx(model, tmp_path / "m.onnx", x).relative == found.relative
+
+
+def test_other_biases_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = graph_edits.GraphEdit.constant
+
+    def shifted(edit: Any, array: Any, stem: str) -> Any:
+        return constant(edit, array + 1 if stem.endswith("bias_q") else array, stem)
+
+    monkeypatch.setattr(integer_biases.GraphEdit, "constant", shifted)
+    model, x = steep()
+    with pytest.raises(ExportError, match="differs from the model") as caught:
+        export_onnx(model, x, tmp_path / "m.onnx", tolerance=TOLERANCE)
+    assert "without the rounding" not in str(caught.value)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.disagrees.onnx"]
