@@ -74,7 +74,8 @@ def export_onnx(
         def write(place: Path, integer_biases: bool = True) -> Any:
             written = onnx_model(copy, examples[0], input_names, output_names, dynamic_shapes, opset)
             pack_four_bits(written, copy)
-            settle(written, integer_biases=integer_biases)
+            # Only fused kernels want bounds between the two operators of a pair.
+            settle(written, integer_biases=integer_biases, integer_bounds=form == "qdq")
             _describe(written, model)
             save_onnx(written, place)
             return written
