@@ -35,6 +35,9 @@ class StoredWeight(nn.Module):
         self.in_rows = self.is_grouped or (self.layout.transposed and self.layout.groups > 1)
         self.axis: int | None = None
         values, scale = quantizer.values_and_scale(weight, folded)
+        if scale is not None:
+            # A scale of 0 is that of a row of zeros.
+            scale = torch.where(scale == 0, 1, scale)
         integers = None if scale is None else self._integers(values, scale)
         self.register_buffer("values", values if integers is None else None)
         self.register_buffer("integers", integers)

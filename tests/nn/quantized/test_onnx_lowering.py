@@ -181,3 +181,14 @@ def test_export_leaves_the_model() -> None:
     exported(model, torch.randn(5, 8))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {key: id(value) for key, value in vars(model[0]).items()} == attributes
+
+
+def test_rows_of_zeros_stay_integers() -> None:
+    for settings in ({"method": "binary", "bits": 1}, {}):
+        layer: Any = fxslim.nn.LinearQAT(8, 4, config=QuantConfig(weight=WeightQuant(**settings), activation=None))
+        with torch.no_grad():
+            layer.weight[1] = 0
+        kept = stored_weight(layer, "weight")
+        assert kept is not None
+        assert kept.integers is not None
+        torch.testing.assert_close(kept(), layer.computed().detach())
