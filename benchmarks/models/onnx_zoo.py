@@ -10,6 +10,7 @@ that have a line are left out. Weights are random, of order 1; nothing is downlo
 import argparse
 import datetime
 import fnmatch
+import re
 import tempfile
 import time
 import warnings
@@ -94,7 +95,8 @@ def guarded_row(name: str) -> str:
     try:
         return row(name)
     except Exception as error:
-        told = " ".join(str(error).split()).replace("|", "/")[:300]
+        # Without the folders of this machine.
+        told = re.sub(r"/\S+/", "", " ".join(str(error).split())).replace("|", "/")[:500]
         return f"| {name} | FAILED | | {type(error).__name__}: {told}{empty}"
 
 
