@@ -5,6 +5,7 @@ The plain layer hands its weights to one function. Here the projections are prod
 quantized weights and inputs; ``out_proj`` is a ``LinearQAT``.
 """
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,10 +75,10 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         batched = query.dim() == 3
         inputs = self._quantized_inputs(query, key, value)
         if not batched:
-            inputs = [x.unsqueeze(0) for x in inputs]
+            inputs = _each(inputs, lambda x: x.unsqueeze(0))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
+            inputs = _each(inputs, lambda x: x.transpose(0, 1))
         q, k, v, extra = self._heads(inputs)
         _check_masks(q, k.shape[2] - extra, attn_mask, key_padding_mask)
         if is_causal and key_padding_mask is None and not need_weights:
@@ -107,7 +108,9 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             done.append((x, given if quantizer is None or same is None else quantizer.unneeded(x, same)))
         return [shown for _, shown in done]
 
-    def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
+    def _projected(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        if self.in_proj_weight is not None and inputs[0] is inputs[1] is inputs[2]:
+            return F.linear(inputs[0], self.computed("in_proj_weight"), self.in_proj_bias).chunk(3, -1)
         if self.in_proj_weight is not None:
             weights = self.computed("in_proj_weight").chunk(3)
         else:
@@ -197,6 +200,12 @@ class DeployedAttention(nn.Module):
 
     def _projected(self, inputs: list[Tensor]) -> list[Tensor]:
         return inputs
+
+
+def _each(inputs: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """All changed; what was one tensor is one."""
+    changed = {id(x): change(x) for x in inputs}
+    return [changed[id(x)] for x in inputs]
 
 
 def _check_masks(q: Tensor, num_keys: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:

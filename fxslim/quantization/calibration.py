@@ -91,6 +91,7 @@ def quantize(
         raise ConfigError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
     given = repeatable(as_data(data, forward))
     inputs = example_inputs if example_inputs is not None else _first_inputs(given, forward)
+    wishes = {"reached_only": True, **wishes}
     plan = plan_quantization(model, _static(config, calibration), example_inputs=inputs, **wishes)
     return all_or_nothing(model, lambda changes: _calibrated(model, plan, given, changes))
 

@@ -36,6 +36,7 @@ def plan_quantization(
     fold_batch_norms: bool = False,
     freeze_after: int | None = None,
     example_inputs: Any = None,
+    reached_only: bool = False,
 ) -> QuantizationPlan:
     """Decide what is quantized, and where; the model is not touched (docs/quantization.md).
 
@@ -44,7 +45,8 @@ def plan_quantization(
     {layer: config, or "float"}; ``first``, ``last``: the same for the first and the last layer.
     ``fold_batch_norms``: weights are quantized as they will be with the norm behind them folded in, and norms freeze
     after ``freeze_after`` batches. With ``example_inputs`` sums, pools and outputs get the quantizers that the target
-    computes with; without, each layer quantizes its own input.
+    computes with; without, each layer quantizes its own input. ``reached_only`` leaves layers in float that they don't
+    reach.
     """
     refuse_wrapped(model)
     wishes = LayerConfigs(
@@ -53,21 +55,28 @@ def plan_quantization(
     )  # fmt: skip
     examples = () if example_inputs is None else tuple(as_inputs(example_inputs))
     _check_folding(fold_batch_norms, freeze_after, examples)
-    return _planned(without_compile_wrapper(model), wishes, examples, fold_batch_norms, freeze_after)
+    return _planned(without_compile_wrapper(model), wishes, examples, fold_batch_norms, freeze_after, reached_only)
 
 
 def _planned(
-    model: nn.Module, wishes: LayerConfigs, examples: tuple[Inputs, ...], fold: bool, freeze_after: int | None
+    model: nn.Module,
+    wishes: LayerConfigs,
+    examples: tuple[Inputs, ...],
+    fold: bool,
+    freeze_after: int | None,
+    reached_only: bool,
 ) -> QuantizationPlan:
     flows = [Dataflow(record(model, example)) for example in examples]
     found = find_layers(model, find_users(model, examples, None))
     names = {one.name for one in found}
     order = [call.name for flow in flows[:1] for call in flow.recording.calls if call.name in names]
     configs = wishes.of(model, found, order)
-    kept, notes = _possible(found, configs, flows, named=wishes.layers is not None)
+    kept, notes = _possible(found, configs, flows, named=wishes.layers is not None, reached_only=reached_only)
     if not kept:
         raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
-    folds = _folds(model, flows[0], kept, configs) if fold else {}
+    # Norms that are not folded now will be in deployment.
+    norms = _norms_behind(model, flows[0], kept, configs) if flows else {}
+    folds = norms if fold else {}
     placed = _Placed(kept, {name: configs[name] for name in kept})
     if flows and placed.general is not None:
         unasked = {name: own.activation is None for name, own in placed.configs.items()}
@@ -107,10 +116,10 @@ def _check_folding(wanted: bool, freeze_after: int | None, examples: tuple[Input
         raise ConfigError("fold_batch_norms=True needs example_inputs=: a forward tells the norm behind each layer")
 
 
-def _folds(
+def _norms_behind(
     model: nn.Module, flow: Dataflow, kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
 ) -> dict[str, str]:
-    """{convolution: the batch norm behind it}; grids of their weights get two equal sides."""
+    """{convolution: the batch norm behind it}; grids of their weights get two equal sides: a factor may be negative."""
     found = {}
     for call in flow.recording.calls:
         norm = flow.norm_behind(call) if call.name in kept else None
@@ -138,7 +147,11 @@ def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:
 
 
 def _possible(
-    found: list[QuantizableLayer], configs: Mapping[str, QuantConfig], flows: list[Dataflow], named: bool
+    found: list[QuantizableLayer],
+    configs: Mapping[str, QuantConfig],
+    flows: list[Dataflow],
+    named: bool,
+    reached_only: bool,
 ) -> tuple[dict[str, QuantizableLayer], list[str]]:
     """Layers without an obstacle, and notes on the others; those that the user named are errors."""
     kept, notes = {}, []
@@ -149,12 +162,15 @@ def _possible(
         obstacle = one.obstacle
         if not obstacle and calls > 1:
             obstacle = f"it is called {calls} times in one forward, on tensors of different ranges"
+        unreached = bool(flows) and not calls and one.user is None
+        if not obstacle and unreached and reached_only:
+            obstacle = "the example inputs do not reach it, and give it no range"
         if obstacle and named:
             refuse(one, obstacle)
         if obstacle:
             notes.append(f"{one.name or 'the model'} stays in float: {obstacle}")
             continue
-        if flows and not calls and one.user is None:
+        if unreached:
             notes.append(f"{one.name}: the example inputs do not reach it; it quantizes its own input")
         kept[one.name] = one
     return kept, notes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxslim
-from fxslim import CalibrationError, ConfigError
+from fxslim import CalibrationError, ConfigError, UnsupportedLayerError
 from fxslim.nn import ActivationQuant, QuantConfig, WeightQuant
 from fxslim.nn.quant_config import CALIBRATIONS
 from fxslim.nn.quantizers import each_activation_quantizer
@@ -101,8 +101,20 @@ def test_data_that_never_reaches_a_layer() -> None:
         def forward(self, x: Any) -> Any:
             return self.one(x) if x.sum() > 0 else self.other(x)
 
-    with pytest.raises(CalibrationError, match="saw no data: the input of other"):
-        fxslim.quantize(Branch(), data=[torch.ones(2, 4)])
+    model = fxslim.quantize(Branch(), data=[torch.ones(2, 4)])
+    assert type(model.other) is nn.Linear
+    note = "other stays in float: the example inputs do not reach it, and give it no range"
+    assert note in fxslim.applied(model)[0].notes
+    for wishes in ({"layers": ["other", "one"]}, {"layers": ["other"]}):
+        with pytest.raises(UnsupportedLayerError, match="other can't be quantized: the example inputs do not reach it"):
+            fxslim.quantize(Branch(), data=[torch.ones(2, 4)], **wishes)
+    model = fxslim.prepare_qat(Branch())
+    with (
+        pytest.raises(CalibrationError, match="saw no data: the input of other"),
+        fxslim.calibrating(model),
+        torch.no_grad(),
+    ):
+        model(torch.ones(2, 4))
 
 
 def test_data_that_is_not_finite(model: nn.Module) -> None:
