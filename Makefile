@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed memory scaling deploy-layers tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed onnx-tasks memory scaling deploy-layers tasks abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -74,6 +74,9 @@ onnx-zoo: setup  ## export torchvision's models and small transformers, run each
 
 onnx-speed: setup  ## exported files beside the float file and ONNX Runtime's own quantizer, one thread; writes a dated report
 	$(PYTHON) -m benchmarks.models.onnx_speed
+
+onnx-tasks: setup  ## files of trained networks beside the models and ONNX Runtime's own quantizer; resumes; writes a dated report
+	$(PYTHON) -m benchmarks.tasks.exported
 
 deploy-layers: setup  ## deployed layers beside float, and torch's integer kernels; writes a dated report
 	$(PYTHON) -m benchmarks.models.deploy_layers --report benchmarks/reports

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a trained network, ours and those of ONNX Runtime's own quantizer, and what they give on unseen images."""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+
+import fxslim
+from benchmarks.models.onnx_operators import session
+from benchmarks.models.onnx_speed import Batches, write_float
+from benchmarks.tasks.contest import RECIPES, Contest
+from benchmarks.tasks.training import train
+from fxslim import QuantConfig
+from fxslim.export import export_onnx
+from fxslim.export.model_copies import deployed_copy
+from fxslim.export.onnx_programs import onnx_model, save_onnx
+from fxslim.export.passes import settle
+from fxslim.graph.inputs import as_inputs
+from fxslim.nn import WeightQuant
+
+SIZE = 250
+Runner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A way to a file. ``simulated`` gives the model that is exported; without one the file is ONNX Runtime's.
+
+    ``thorough``: run as this machine runs it, too, and once more with biases in float. ``trains``: it has left the
+    float model's weights.
+    """
+
+    name: str
+    simulated: Callable[["Task"], nn.Module] | None = None
+    method: Any = None
+    thorough: bool = False
+    trains: bool = False
+
+
+class Task:
+    """A trained network, the batches that all calibrate on, and the images that all are tested on."""
+
+    def __init__(self, contest: Contest, net: str, seed: int, epochs: float) -> None:
+        self.contest, self.net, self.seed, self.epochs = contest, net, seed, epochs
+        self.base = contest.base(net, seed)
+        self.example = contest.batches[0][0]
+
+    @functools.cached_property
+    def wanted(self) -> Tensor:
+        """The float model's logits."""
+        return self.logits(self.base)
+
+    def logits(self, run: Runner) -> Tensor:
+        """Of all unseen images."""
+        with torch.no_grad():
+            return torch.cat([run(images) for images, _ in self.contest.unseen.batches(self._count, SIZE)])
+
+    def accuracy(self, logits: Tensor) -> float:
+        """In percent."""
+        return same(logits.argmax(1), self.contest.unseen.labels)
+
+    @property
+    def _count(self) -> int:
+        return len(self.contest.unseen.labels)
+
+
+def calibrated(task: Task, *, config: Any = "int8", calibration: str = "mse") -> nn.Module:
+    """fxslim's, nothing trained."""
+    return fxslim.quantize(
+        copy.deepcopy(task.base), config, data=task.contest.batches, calibration=calibration,
+        example_inputs=task.example, target="onnxruntime",
+    )  # fmt: skip
+
+
+def trained(task: Task) -> nn.Module:
+    """fxslim's, trained on its grids for a while."""
+    recipe = replace(RECIPES[task.net], epochs=task.epochs, rate=RECIPES[task.net].rate / 4)
+    model = fxslim.prepare_qat(
+        copy.deepcopy(task.base), "int8", example_inputs=task.example, target="onnxruntime"
+    )  # fmt: skip
+    return train(model, task.contest.pictures, recipe, 1000 + task.seed)
+
+
+_HALF = QuantConfig(weight=WeightQuant(reduce_range=True))
+ROWS = (
+    Row(name="fxslim, mse (default)", simulated=calibrated, thorough=True),
+    Row(name="quantize_static, MinMax", method=CalibrationMethod.MinMax, thorough=True),
+    Row(name="fxslim, min_max", simulated=functools.partial(calibrated, calibration="min_max")),
+    Row(name="fxslim, mse, reduce_range", simulated=functools.partial(calibrated, config=_HALF), thorough=True),
+    Row(name="fxslim, trained", simulated=trained, thorough=True, trains=True),
+    Row(name="quantize_static, Percentile", method=CalibrationMethod.Percentile),
+    Row(name="quantize_static, Entropy", method=CalibrationMethod.Entropy),
+    *(
+        Row(name=f"fxslim, {name}", simulated=functools.partial(calibrated, calibration=name))
+        for name in ("ifmr", "percentile", "entropy")
+    ),
+)
+
+
+def measured(row: Row, task: Task, folder: Path) -> dict[str, float]:
+    """Accuracies and agreements in percent, relative L2 distances; by name."""
+    torch.manual_seed(task.seed)
+    path = folder / "file.onnx"
+    found: dict[str, float] = {}
+    model = None if row.simulated is None else row.simulated(task).eval()
+    if model is None:
+        _write_theirs(task, row.method, path)
+    else:
+        export_onnx(model, task.example, path, target="onnxruntime")
+    exact = task.logits(_runner(session(path, exact=True)))
+    found["exact"] = task.accuracy(exact)
+    if not row.trains:
+        found["far from float"] = distance(exact, task.wanted)
+    if row.thorough:
+        here = task.logits(_runner(session(path)))
+        precise = task.logits(_runner(_precise_session(path)))
+        found |= {"here": task.accuracy(here), "precise": task.accuracy(precise)}
+        if not row.trains:
+            found |= {
+                "far from float here": distance(here, task.wanted),
+                "far from float, precise": distance(precise, task.wanted),
+            }
+    return found if model is None else found | _beside_simulated(row, task, model, exact, folder)
+
+
+def _beside_simulated(row: Row, task: Task, model: nn.Module, exact: Tensor, folder: Path) -> dict[str, float]:
+    simulated = task.logits(model)
+    found = {
+        "simulated": task.accuracy(simulated),
+        "same": same(exact.argmax(1), simulated.argmax(1)),
+        "apart": distance(exact, simulated),
+    }
+    if row.thorough:
+        twin = folder / "float_biases.onnx"
+        _write_with_float_biases(model, task.example, twin)
+        unrounded = task.logits(_runner(session(twin, exact=True)))
+        found["same, float biases"] = same(unrounded.argmax(1), simulated.argmax(1))
+        found["apart, float biases"] = distance(unrounded, simulated)
+    return found
+
+
+def same(one: Tensor, other: Tensor) -> float:
+    """How often, in percent."""
+    return 100 * float((one == other).double().mean())
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Relative L2."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def _runner(runner: onnxruntime.InferenceSession) -> Runner:
+    name = runner.get_inputs()[0].name
+    return lambda images: torch.from_numpy(np.array(runner.run(None, {name: images.numpy()})[0]))
+
+
+def _precise_session(path: Path) -> onnxruntime.InferenceSession:
+    """Integer kernels whose sums never saturate, whatever the processor."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _write_theirs(task: Task, method: Any, path: Path) -> None:
+    """ONNX Runtime's own quantizer, as its guide says: shapes inferred and the graph optimized before."""
+    whole, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
+    write_float(task.base, task.example, whole)
+    quant_pre_process(whole, prepared)
+    quantize_static(
+        prepared, path, Batches([images for images, _ in task.contest.batches], "x"), quant_format=QuantFormat.QDQ,
+        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+    )  # fmt: skip
+
+
+def _write_with_float_biases(model: nn.Module, example: Tensor, path: Path) -> None:
+    """The same file but for its biases: what rounding them to int32 changes."""
+    inputs = as_inputs(example)[0]
+    written = onnx_model(deployed_copy(model, inputs), inputs, None, None, None, None)
+    save_onnx(settle(written, integer_biases=False), path)
