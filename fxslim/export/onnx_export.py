@@ -60,6 +60,8 @@ def export_onnx(
     """
     if form not in FORMS:
         raise ConfigError(unknown_name("form", form, FORMS))
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
     refuse_wrapped(model)
     model = without_compile_wrapper(model)
     examples = as_inputs(inputs)
@@ -139,6 +141,7 @@ def _agrees(verification: OnnxVerification, tolerance: float) -> bool:
 
 def _refuse(verification: OnnxVerification, tolerance: float, made: Path) -> NoReturn:
     aside = kept_aside(made)
+    verification = replace(verification, path=str(aside))
     raise ExportError(
         f"the file differs from the model by {verification.relative:.2g} (relative L2; tolerance={tolerance}) and is "
         f"kept aside as {aside}\n{verification}"
