@@ -58,18 +58,12 @@ def export_onnx(
     aside, where it differs by more than ``tolerance`` (relative L2), or than three times what float64 changes in torch
     itself, and would with biases in float, too: integer kernels add int32 biases. The model stays as it is.
     """
-    if form not in FORMS:
-        raise ConfigError(unknown_name("form", form, FORMS))
-    if not tolerance >= 0:
-        raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
+    _check_wishes(form, tolerance)
     refuse_wrapped(model)
     model = without_compile_wrapper(model)
     examples = as_inputs(inputs)
     _check_target(model, target, form)
-    for quantizer in each_activation_quantizer(model).values():
-        if quantizer.enabled:
-            check_calibrated(quantizer)
-            check_format(quantizer.config.format, quantizer.described())
+    _check_quantizers(model)
     with in_place(path) as temporary:
         copy = deployed_copy(model, examples[0])
 
@@ -93,6 +87,20 @@ def export_onnx(
         if not _agrees(verification, tolerance):
             _refuse(verification, tolerance, temporary)
     return replace(verification, path=str(path))
+
+
+def _check_wishes(form: str, tolerance: float) -> None:
+    if form not in FORMS:
+        raise ConfigError(unknown_name("form", form, FORMS))
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
+
+
+def _check_quantizers(model: nn.Module) -> None:
+    for quantizer in each_activation_quantizer(model).values():
+        if quantizer.enabled:
+            check_calibrated(quantizer)
+            check_format(quantizer.config.format, quantizer.described())
 
 
 def _with_float_biases(
