@@ -59,11 +59,7 @@ def export_onnx(
     itself, and would with biases in float, too: integer kernels add int32 biases. The model stays as it is.
     """
     _check_wishes(form, tolerance)
-    refuse_wrapped(model)
-    model = without_compile_wrapper(model)
-    examples = as_inputs(inputs)
-    _check_target(model, target, form)
-    _check_quantizers(model)
+    model, examples = _checked(model, target, form), as_inputs(inputs)
     with in_place(path) as temporary:
         copy = deployed_copy(model, examples[0])
 
@@ -96,11 +92,16 @@ def _check_wishes(form: str, tolerance: float) -> None:
         raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
 
 
-def _check_quantizers(model: nn.Module) -> None:
+def _checked(model: nn.Module, target: str | None, form: str) -> nn.Module:
+    """The model without a wrapper of torch.compile."""
+    refuse_wrapped(model)
+    model = without_compile_wrapper(model)
+    _check_target(model, target, form)
     for quantizer in each_activation_quantizer(model).values():
         if quantizer.enabled:
             check_calibrated(quantizer)
             check_format(quantizer.config.format, quantizer.described())
+    return model
 
 
 def _with_float_biases(
