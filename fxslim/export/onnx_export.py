@@ -3,7 +3,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from fxslim.export.onnx_verification import OnnxVerification, verify_onnx
 from fxslim.export.passes import settle
 from fxslim.export.qdq_files import load_qdq
 from fxslim.export.saved_models import save_models
-from fxslim.graph.inputs import as_inputs
+from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.nn.quantizers import each_activation_quantizer
 from fxslim.nn.quantizers.fixed_quantizers import check_calibrated
@@ -58,52 +58,61 @@ def export_onnx(
     aside, where it differs by more than ``tolerance`` (relative L2), or than three times what float64 changes in torch
     itself, and would with biases in float, too: integer kernels add int32 biases. The model stays as it is.
     """
-    if form not in FORMS:
-        raise ConfigError(unknown_name("form", form, FORMS))
-    refuse_wrapped(model)
-    model = without_compile_wrapper(model)
-    examples = as_inputs(inputs)
-    _check_target(model, target, form)
-    for quantizer in each_activation_quantizer(model).values():
-        if quantizer.enabled:
-            check_calibrated(quantizer)
-            check_format(quantizer.config.format, quantizer.described())
+    _check_wishes(form, tolerance)
+    model, examples = _checked(model, target, form), as_inputs(inputs)
     with in_place(path) as temporary:
         copy = deployed_copy(model, examples[0])
-        wishes = (examples[0], input_names, output_names, dynamic_shapes, opset)
-        written = _write(model, copy, wishes, temporary, for_kernels=form == "qdq")
+
+        def write(place: Path, integer_biases: bool = True) -> Any:
+            written = onnx_model(copy, examples[0], input_names, output_names, dynamic_shapes, opset)
+            pack_four_bits(written, copy)
+            # Only fused kernels want bounds between the two operators of a pair.
+            settle(written, integer_biases=integer_biases, integer_bounds=form == "qdq")
+            _describe(written, model)
+            save_onnx(written, place)
+            return written
+
+        written = write(temporary)
         if form != "qdq":
             _change_form(temporary, form)
         if not verify or form in _NOT_RUNNABLE:
             return None
         verification = verify_onnx(model, temporary, examples)
         if not _agrees(verification, tolerance) and form == "qdq":
-            with tempfile.TemporaryDirectory() as folder:
-                twin = Path(folder) / "float_biases.onnx"
-                if is_rounding(largest_bias_error(written, _write(model, copy, wishes, twin, integer_biases=False))):
-                    alone = verify_onnx(model, twin, examples).relative
-                    verification = replace(verification, with_float_biases=alone)
+            verification = _with_float_biases(verification, model, examples, written, write)
         if not _agrees(verification, tolerance):
             _refuse(verification, tolerance, temporary)
     return replace(verification, path=str(path))
 
 
-def _write(
-    model: nn.Module,
-    copy: nn.Module,
-    wishes: tuple[Any, ...],
-    place: Path,
-    *,
-    integer_biases: bool = True,
-    for_kernels: bool = True,
-) -> Any:
-    """The graph of ``copy``, saved. Only fused kernels want bounds between the two operators of a pair."""
-    written = onnx_model(copy, *wishes)
-    pack_four_bits(written, copy)
-    settle(written, integer_biases=integer_biases, integer_bounds=for_kernels)
-    _describe(written, model)
-    save_onnx(written, place)
-    return written
+def _check_wishes(form: str, tolerance: float) -> None:
+    if form not in FORMS:
+        raise ConfigError(unknown_name("form", form, FORMS))
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
+
+
+def _checked(model: nn.Module, target: str | None, form: str) -> nn.Module:
+    """The model without a wrapper of torch.compile."""
+    refuse_wrapped(model)
+    model = without_compile_wrapper(model)
+    _check_target(model, target, form)
+    for quantizer in each_activation_quantizer(model).values():
+        if quantizer.enabled:
+            check_calibrated(quantizer)
+            check_format(quantizer.config.format, quantizer.described())
+    return model
+
+
+def _with_float_biases(
+    verification: OnnxVerification, model: nn.Module, examples: list[Inputs], written: Any, write: Callable[..., Any]
+) -> OnnxVerification:
+    """Whether rounded biases are what sets the file apart; the same as before where they are not merely rounded."""
+    with tempfile.TemporaryDirectory() as folder:
+        twin = Path(folder) / "float_biases.onnx"
+        if not is_rounding(largest_bias_error(written, write(twin, integer_biases=False))):
+            return verification
+        return replace(verification, with_float_biases=verify_onnx(model, twin, examples).relative)
 
 
 def _check_target(model: nn.Module, target: str | None, form: str) -> None:
@@ -141,6 +150,7 @@ def _agrees(verification: OnnxVerification, tolerance: float) -> bool:
 
 def _refuse(verification: OnnxVerification, tolerance: float, made: Path) -> NoReturn:
     aside = kept_aside(made)
+    verification = replace(verification, path=str(aside))
     raise ExportError(
         f"the file differs from the model by {verification.relative:.2g} (relative L2; tolerance={tolerance}) and is "
         f"kept aside as {aside}\n{verification}"

@@ -32,6 +32,7 @@ def onnx_model(
         onnx_package(package)
     if opset is not None and opset < _LEAST_OPSET:
         raise ExportError(f"opset={opset} is below {_LEAST_OPSET}, the least that torch's exporter writes")
+    _check_names(input_names, output_names)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), torch.no_grad():
@@ -49,10 +50,31 @@ def onnx_model(
     except Exception as error:
         raise _explained(error, inputs, dynamic_shapes) from error
     assert program is not None
+    graph = program.model.graph
+    _check_count("input_names", input_names, len(graph.inputs))
+    _check_count("output_names", output_names, len(graph.outputs))
     _drop_origins(program.model)
     if output_names is None:
         _name_outputs(program.model.graph)
     return program.model
+
+
+def _check_names(input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
+    for argument, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise ConfigError(f"{argument}={names!r} is one string: give a list of names, [{names!r}]")
+    names = [*(input_names or ()), *(output_names or ())]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{twice[0]!r} is twice among input_names and output_names: tensors of a file differ in name")
+
+
+def _check_count(argument: str, names: Sequence[str] | None, wanted: int) -> None:
+    if names and len(names) != wanted:
+        kind = argument.partition("_")[0]
+        raise ConfigError(
+            f"{argument} has {len(names)} names ({', '.join(names)}), the model {wanted} {kind}s: give one for each"
+        )
 
 
 def _drop_origins(model: Any) -> None:

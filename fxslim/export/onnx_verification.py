@@ -20,6 +20,13 @@ from fxslim.graph.recording import undisturbed
 # Products of two pairs of bytes are summed in 16 bits by processors without these instructions.
 _SAFE_FLAGS = frozenset("avx512_vnni avx_vnni avx_vnni_int8 amx_int8".split())
 
+_ONNX_TYPES = {
+    torch.float32: "float", torch.float64: "double", torch.float16: "float16", torch.bool: "bool",
+    torch.int8: "int8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int64",
+    torch.uint8: "uint8", torch.uint16: "uint16", torch.uint32: "uint32", torch.uint64: "uint64",
+    torch.complex64: "complex64", torch.complex128: "complex128",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputAgreement:
@@ -74,6 +81,8 @@ class OnnxVerification:
                 f"same argmax {one.argmax:.2%}"
             )
         lines.append(f"  torch in float64 differs from itself by {self.rounding:.2g}")
+        if not self.relative < float("inf"):
+            lines.append("  NaN or infinity on one side only: look for them in the inputs, the weights and the outputs")
         if self.with_float_biases is not None:
             lines.append(f"  without the rounding of biases to int32: relative L2 {self.with_float_biases:.2g}")
         if self.refused:
@@ -183,6 +192,12 @@ def _feed(session: Any, path: Path, inputs: Inputs) -> dict[str, numpy.ndarray]:
                 f"{path}: input {one.name} is {list(one.shape)}, got {list(value.shape)}; sizes that change need "
                 "dynamic_shapes= when the file is written"
             )
+        kind = _ONNX_TYPES.get(value.dtype)
+        if f"tensor({kind})" != one.type:
+            raise ConfigError(
+                f"{path}: input {one.name} is {one.type}, got {value.dtype}: give it the dtype with which the file was "
+                "written" + ("" if kind else ", one that NumPy knows")
+            )
     return {one.name: value.detach().cpu().numpy() for one, value in zip(known, given, strict=True)}
 
 
@@ -204,11 +219,11 @@ def _agreement(name: str, wanted: list[Tensor], got: list[Tensor], step: float |
         if one.shape != other.shape:
             raise ExportError(f"output {name} is {tuple(other.shape)}, the model's is {tuple(one.shape)}")
     largest = max(
-        (float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, got, strict=True) if a.numel()),
+        (float(_apart(a.double(), b.double()).max()) for a, b in zip(wanted, got, strict=True) if a.numel()),
         default=0.0,
     )
     rows = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(wanted, got, strict=True) if a.dim() > 1 and a.numel()]
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in rows]) if rows else torch.ones(1)
+    same = torch.cat([a.double().argmax(-1) == b.double().argmax(-1) for a, b in rows]) if rows else torch.ones(1)
     return OutputAgreement(
         name=name, largest=largest, relative=_relative(wanted, got), argmax=float(same.float().mean()),
         steps=None if step is None else largest / step,
@@ -217,8 +232,14 @@ def _agreement(name: str, wanted: list[Tensor], got: list[Tensor], step: float |
 
 def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
     one, other = (torch.cat([value.double().flatten() for value in values]) for values in (wanted, got))
-    size = one.norm()
-    return float((one - other).norm() / size) if size > 0 else float((one - other).norm())
+    size, apart = one[one.isfinite()].norm(), _apart(one, other).norm()
+    return float(apart / size) if size > 0 else float(apart)
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Differences; none between the same infinities or NaN on both sides, infinite where only one side has them."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(same, 0.0, (one - other).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _output_steps(path: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -206,13 +206,22 @@ class Propagation:
         self.space.balance(line.reshape(groups, -1), reason)
         self.uses.append((node, None, line, groups))
 
-    def count(self, node: fx.Node, weight: str, batch: int, positions: int, factors: tuple[SlotKey, ...]) -> None:
-        """Note the cost of a layer that multiplies its weight at so many positions of the whole batch."""
+    def count(
+        self, node: fx.Node, weight: str | fx.Node, batch: int, positions: int, factors: tuple[SlotKey, ...] = ()
+    ) -> None:
+        """Note the cost of a layer that multiplies its weight at so many positions of the whole batch.
+
+        A weight that is no parameter, such as one that is quantized in each forward, is the node that makes it.
+        """
         if self.batch == 0:
             # The first layer tells which size is the batch; an unbatched one has none.
             self.batch = max(1, batch) if batch in self.input_sizes else 1
-        name = node.meta["module"] or weight.rpartition(".")[0]
-        total = positions * math.prod(self.states[weight].shape)
+            self.calls = [replace(call, macs=call.macs // self.batch) for call in self.calls]
+        if isinstance(weight, str):
+            own, shape = owner(weight), tuple(self.states[weight].shape)
+        else:
+            own, shape = "the model's forward", weight.meta["shape"]
+        name, total = node.meta["module"] or own, positions * math.prod(shape)
         self.calls.append(LayerCall(name=name, macs=total // self.batch, factors=factors))
 
     def tie_rows(self, node: fx.Node, labels: Labels, dim: int) -> bool:

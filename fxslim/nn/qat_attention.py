@@ -43,6 +43,8 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
             out_proj: Any = copied_as(self.out_proj, LinearQAT)
             out_proj.start_quantizing(config)
             self.out_proj = out_proj
+        # What it gives is what out_proj gives, which quantizes it.
+        self.output_quantizer = None
 
     def deployed(self, norm: nn.Module | None, given: ActivationQuantizer | None) -> nn.Module:
         return DeployedAttention(self, given)

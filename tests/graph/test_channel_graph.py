@@ -31,6 +31,21 @@ def test_macs_agree_with_torch(name: str) -> None:
     assert fxslim.trace(model, x).cost.macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize(
+    "model, x",
+    [
+        (torchvision.models.mobilenet_v3_small(), torch.randn(2, 3, 64, 64)),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1), torch.randn(2, 5, 16)),
+        (nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)),
+        (nn.Sequential(nn.ConvTranspose2d(4, 8, 3, 2, groups=4), nn.Conv2d(8, 2, 3)), torch.randn(3, 4, 6, 6)),
+    ],
+)
+def test_quantized_layers_cost_what_they_did(model: nn.Module, x: torch.Tensor) -> None:
+    before = fxslim.trace(model.eval(), x).cost.macs
+    fxslim.quantize(model, "int8", data=[x], example_inputs=x)
+    assert fxslim.trace(model, x).cost.macs == before > 0
+
+
 def test_parents_children_and_reasons_of_resnet18() -> None:
     graph = fxslim.trace(torchvision.models.resnet18(), torch.randn(1, 3, 64, 64))
     assert graph.parents("layer2.0.conv1") == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]

@@ -148,3 +148,16 @@ def test_four_bits_of_weights_alone(model: nn.Module) -> None:
     assert not each_activation_quantizer(model)
     error = (model(DATA[0]) - expected).norm() / expected.norm()
     assert 0 < error < 0.4
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_encoders_before_and_behind_norms(norm_first: bool, batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=norm_first, batch_first=batch_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, x = nn.Sequential(encoder, nn.Linear(16, 4)).eval(), torch.randn(5, 2, 16)
+    wanted = model(x)
+    fxslim.quantize(model, "int8", data=[x], example_inputs=x)
+    assert (model(x) - wanted).norm() < 0.1 * wanted.norm()
+    # An output is quantized once.
+    assert all(layer.self_attn.output_quantizer is None for layer in encoder.layers)

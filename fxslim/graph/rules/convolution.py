@@ -8,7 +8,7 @@ from torch import fx
 from torch.nn.modules.conv import _ConvNd
 
 from fxslim.graph.labels import Ids, Labels, along, fixed
-from fxslim.graph.propagation import Propagation, as_int, combined, rule
+from fxslim.graph.propagation import Propagation, as_int, as_node, combined, rule
 from fxslim.graph.rules.sizes import LITERAL, follow_count, size_kind
 from fxslim.graph.slots import owner
 from fxslim.graph.tagged_sizes import Attribute, expression_of
@@ -20,6 +20,7 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     x, weight, bias = (propagation.labels(node.args[0]), *map(propagation.state_name, node.args[1:3]))
     transposed, groups = bool(node.args[6]), as_int(node.args[8])
     if weight is None or x is None:
+        _count_computed(propagation, node, transposed)
         return propagation.freeze_inputs(node, propagation.why_computed(node, "the weight of a convolution"))
     channel = 1 if len(x.shape) == propagation.states[weight].dim() else 0
     if channel == 1 and 0 in x.varying and (propagation.tie_views(node, x) or propagation.narrow_heads(node, x)):
@@ -46,6 +47,15 @@ def convolve(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
     if propagation.has_computed(node.args[2:3]):
         return _with_computed_bias(propagation, node, made, channel)
     return made
+
+
+def _count_computed(propagation: Propagation, node: fx.Node, transposed: bool) -> None:
+    """The cost of a convolution whose channels can't be followed."""
+    given, weight = as_node(node.args[0]).meta["shape"], as_node(node.args[1])
+    channel = 1 if len(given) == len(weight.meta["shape"]) else 0
+    pixels = given if transposed else node.meta["shape"]
+    positions = math.prod(size for dim, size in enumerate(pixels) if dim != channel)
+    propagation.count(node, weight, given[0] if channel == 1 else 1, positions)
 
 
 def _with_computed_bias(propagation: Propagation, node: fx.Node, made: Labels, channel: int) -> Labels:

@@ -28,6 +28,12 @@ def _linear(propagation: Propagation, node: fx.Node, x_node: object, weight: str
     return made
 
 
+def _count_computed(propagation: Propagation, node: fx.Node, x_node: object, weight: object) -> None:
+    """The cost of a product whose channels can't be followed: each row meets the whole weight."""
+    rows = as_node(x_node).meta["shape"][:-1]
+    propagation.count(node, as_node(weight), _batch(x_node), math.prod(rows))
+
+
 def _batch(x_node: object) -> int:
     """The first size before a linear layer made one dim of batch and positions."""
     while isinstance(x_node, fx.Node) and x_node.op == "call_function" and operator_name(x_node) in ("view", "t"):
@@ -52,6 +58,7 @@ def multiply(propagation: Propagation, node: fx.Node) -> Labels | list[Labels]:
         result = _linear(propagation, node, node.args[0], weight, _out_dim(node.args[1]))
         if result is not None:
             return result
+    _count_computed(propagation, node, node.args[0], node.args[1])
     return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 
 
@@ -72,6 +79,7 @@ def multiply_and_add(propagation: Propagation, node: fx.Node) -> Labels | list[L
             # A bias that is put together from several parameters.
             bias = propagation.labels(node.args[0])
             return combined(propagation, node, [result, bias] if bias is not None else [result], shape)
+    _count_computed(propagation, node, node.args[1], node.args[2])
     return propagation.freeze_inputs(node, propagation.why_computed(node, "a factor of a matrix product"))
 
 
