@@ -17,9 +17,9 @@ def in_place(path: str | Path) -> Iterator[Path]:
     After an error nothing new is there, and what was there before is as it was.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder: give the name of a file, such as {path / 'model.onnx'}")
     try:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder: give the name of a file, such as {path / 'model.onnx'}")
         folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise ExportError(

@@ -28,6 +28,7 @@ from fxslim.nn.quantizers import each_activation_quantizer
 from fxslim.nn.quantizers.fixed_quantizers import check_calibrated
 from fxslim.nn.quantizers.onnx_lowering import check_format
 from fxslim.plan.applied_plans import applied
+from fxslim.quantization.targets import as_target
 from fxslim.version import __version__
 
 _NOT_RUNNABLE = ("deploy", "ascend")
@@ -58,7 +59,7 @@ def export_onnx(
     aside, where it differs by more than ``tolerance`` (relative L2), or than three times what float64 changes in torch
     itself, and would with biases in float, too: integer kernels add int32 biases. The model stays as it is.
     """
-    _check_wishes(form, tolerance)
+    _check_wishes(form, target, tolerance)
     model, examples = _checked(model, target, form), as_inputs(inputs)
     with in_place(path) as temporary:
         copy = deployed_copy(model, examples[0])
@@ -85,9 +86,11 @@ def export_onnx(
     return replace(verification, path=str(path))
 
 
-def _check_wishes(form: str, tolerance: float) -> None:
+def _check_wishes(form: str, target: str | None, tolerance: float) -> None:
     if form not in FORMS:
         raise ConfigError(unknown_name("form", form, FORMS))
+    if target is not None:
+        as_target(target)
     if not tolerance >= 0:
         raise ConfigError(f"tolerance={tolerance} is no relative error: give a number from 0 on, such as 0.01")
 

@@ -174,7 +174,10 @@ def _session(path: Path, exact: bool) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"ONNX Runtime {onnxruntime.__version__} does not load {path}: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} does not load {path}: {error}; its kernels compute in float32 and "
+            "float16: of a model in another type, export model.float()"
+        ) from error
 
 
 def _feed(session: Any, path: Path, inputs: Inputs) -> dict[str, numpy.ndarray]:
@@ -185,6 +188,8 @@ def _feed(session: Any, path: Path, inputs: Inputs) -> dict[str, numpy.ndarray]:
             f"{path} takes {len(known)} inputs ({', '.join(one.name for one in known)}), {inputs} has {len(given)} "
             "tensors"
         )
+    if not any(value.numel() for value in given):
+        raise ConfigError(f"{inputs} holds no value: nothing could be compared")
     for one, value in zip(known, given, strict=True):
         fixed = [size if isinstance(size, int) else None for size in one.shape]
         if len(fixed) != value.dim() or any(f not in (None, s) for f, s in zip(fixed, value.shape, strict=True)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxslim.errors import ConfigError
+from fxslim.errors import ConfigError, ExportError
 from fxslim.export import export_onnx, verify_onnx
 
 X = torch.randn(4, 6)
@@ -69,9 +69,23 @@ def test_inputs_of_another_type(tmp_path: Path, dtype: torch.dtype, kind: str) -
         ({"input_names": "image"}, r"input_names='image' is one string: give a list of names, \['image'\]"),
         ({"input_names": ["x"], "output_names": ["x"]}, "'x' is twice among input_names and output_names"),
         ({"tolerance": float("nan")}, "tolerance=nan is no relative error"),
+        ({"target": "onnxruntme"}, "unknown target 'onnxruntme'.*did you mean 'onnxruntime'"),
     ],
 )
 def test_wrong_names_and_tolerances(tmp_path: Path, wishes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         export_onnx(Layer(lambda y, x: y), X, tmp_path / "m.onnx", **wishes)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_to_compare_and_names_too_long(tmp_path: Path) -> None:
+    model = Layer(lambda y, x: y)
+    with pytest.raises(ConfigError, match="holds no value: nothing could be compared"):
+        export_onnx(model, X[:0], tmp_path / "m.onnx")
+    with pytest.raises(
+        ExportError, match=r"can't be written: OSError: .*too long; give a file in a folder that exists"
+    ):
+        export_onnx(model, X, tmp_path / ("m" * 300))
+    with pytest.raises(ExportError, match=r"float32 and float16: of a model in another type, export model\.float\(\)"):
+        export_onnx(Layer(lambda y, x: y).double(), X.double(), tmp_path / "m.onnx")
     assert not [*tmp_path.iterdir()]
