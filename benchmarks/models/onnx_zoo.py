@@ -43,7 +43,7 @@ def num_bytes(model: nn.Module) -> int:
 
 
 def verdict(seen: OnnxVerification) -> str:
-    """OK within the tolerance; BIASES: so with biases in float; ROUNDING: within three times what float64 changes."""
+    """OK within the tolerance; BIASES: so with biases in float; ROUNDING: within three times what rounding changes."""
     if seen.relative <= TOLERANCE:
         return "OK"
     alone = seen.with_float_biases
@@ -121,7 +121,7 @@ def write(path: Path, lines: dict[str, str]) -> None:
         f"- BIASES ({counts['BIASES']}): more, but at most {TOLERANCE:.0%} with biases in float. Integer kernels add",
         "  biases of int32, which are up to half a step of the sums off.",
         f"- ROUNDING ({counts['ROUNDING']}): more, but (with biases in float) at most three times `rounding`, which is",
-        "  what float64 alone changes in the torch model.", "",
+        "  what float64, or inputs moved by some last places, change in the torch model.", "",
         "Weights are random, of order 1, unlike a trained model's: a value that is rounded to the other side changes",
         "more of them from layer to layer. `quantized`: relative L2 of the quantized torch model to the float one.", "",
         *saturation_note(), "",

@@ -56,7 +56,7 @@ def export_onnx(
     ``form``: "qdq", with QuantizeLinear and DequantizeLinear; "fake_quant" and "deploy" (or "ascend"), those of AMCT
     (docs/ascend.md). ``target``: where given, it must be what the model was prepared for. ``dynamic_shapes``: as
     torch.export takes them. Of a list of ``inputs`` the first is exported, all are verified. Raises, and keeps the file
-    aside, where it differs by more than ``tolerance`` (relative L2), or than three times what float64 changes in torch
+    aside, where it differs by more than ``tolerance`` (relative L2), or than three times what rounding changes in torch
     itself, and would with biases in float, too: integer kernels add int32 biases. The model stays as it is.
     """
     _check_wishes(form, target, tolerance)
