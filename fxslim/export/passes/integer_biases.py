@@ -20,8 +20,8 @@ _LARGEST = 2**31 - 1
 def store_biases_as_integers(model: ir.Model) -> bool:
     """Whether anything changed. A bias moves by up to half of ``s_x * s_w``, of which an output step is many.
 
-    Some hundreds where many products are summed, some tens in depthwise layers: a value in hundreds falls to the other
-    side, and deep networks amplify that.
+    It is the fewer, the fewer products are summed, as in depthwise layers; a value next to a bound between two steps
+    then falls to the other side, and deep networks amplify that.
 
     A layer whose bias and products together could pass int32 keeps its float bias, and with it float arithmetic.
     """
