@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators with a pure-PyTorch reference each, and native CPU and CUDA kernels where they are built."""
 
+from fxslim.kernels.block_layout import pack_blocks as pack_blocks
 from fxslim.kernels.block_masking import block_mask as block_mask
+from fxslim.kernels.block_sparse_convolution import block_sparse_conv2d as block_sparse_conv2d
+from fxslim.kernels.block_sparse_int8_convolution import block_sparse_conv2d_int8 as block_sparse_conv2d_int8
 from fxslim.kernels.clipped_fake_quantization import fake_quantize_clipped as fake_quantize_clipped
 from fxslim.kernels.fake_quantization import fake_quantize as fake_quantize
 from fxslim.kernels.float_fake_quantization import fake_quantize_float as fake_quantize_float
