@@ -17,7 +17,7 @@ from fxslim.errors import ConfigError, unknown_name
 logger = logging.getLogger(__name__)
 
 _CHOICES = ("auto", "native", "reference")
-_INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _reasons: dict[str, str] = {}
 
@@ -61,7 +61,7 @@ def attach_libraries() -> None:
     choice = os.environ.get("FXSLIM_KERNELS", "auto")
     if choice not in _CHOICES:
         raise ConfigError("FXSLIM_KERNELS: " + unknown_name("choice", choice, _CHOICES))
-    instruction_set = os.environ.get("FXSLIM_CPU", "avx512")
+    instruction_set = os.environ.get("FXSLIM_CPU", "avx512vnni")
     if instruction_set not in _INSTRUCTION_SETS:
         raise ConfigError("FXSLIM_CPU: " + unknown_name("instruction set", instruction_set, _INSTRUCTION_SETS))
     folder = _library_folder() if choice != "reference" else None

@@ -9,7 +9,7 @@ from pathlib import Path
 BUILD = Path("build/sanitize")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 # Every instruction set has code of its own.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
 
 
 def library(name: str) -> str:

@@ -155,10 +155,10 @@ Tensor block_sparse_conv2d(
   auto* to = static_cast<float*>(output.mutable_data_ptr());
   const auto compute = [&](auto kernel) {
     using Kernel = decltype(kernel);
-    BlockSum<Kernel>(conv, from, conv.channels, blocks.size(2), zeros.data(), packed, nullptr, added, relu, to).run();
+    BlockSum<Kernel>(conv, from, conv.channels, blocks.size(2), zeros.data(), packed, {nullptr, added, nullptr}, relu, to).run();
   };
 #if FXSLIM_X86
-  if (instruction_set() == InstructionSet::avx512) compute(Avx512());
+  if (instruction_set() >= InstructionSet::avx512) compute(Avx512());
   else if (instruction_set() == InstructionSet::avx2) compute(Avx2());
   else
 #endif

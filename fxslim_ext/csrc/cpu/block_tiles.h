@@ -26,9 +26,16 @@ struct Tile {
   int64_t cin, row;   // values of a block, and of all blocks of a pixel
   float* sums;        // of a pixel; whole numbers take the same room meanwhile
   int64_t sum_step;   // from one pixel to the next
-  const float* factor;
-  const float* bias;
+  // What float sums start from; whole numbers are multiplied and added to in the end.
+  const float *factor, *bias;
+  const int32_t* start;  // what whole numbers start from
   bool first, last, relu;
+};
+
+// What belongs to each filter; null where there is none.
+struct Constants {
+  const float *factor, *bias;
+  const int32_t* start;  // filled up to whole panels
 };
 
 // Pixels are worked on in ranges: what they read stays in the second-level cache for all parts of the sum.
@@ -46,12 +53,12 @@ class BlockSum {
   // `row` and `cin` count values of the input as it is read here: of a pixel, and of one block of it.
   BlockSum(
       const BlockConvolution& conv_, const In* input_, int64_t row_, int64_t cin_, const In* padded_,
-      const PackedBlocks& packed, const float* factor_, const float* bias_, bool relu_, float* output_)
+      const PackedBlocks& packed, const Constants& of_filters_, bool relu_, float* output_)
       : conv(conv_), input(input_), row(row_), cin(cin_), padded(padded_),
         weights(static_cast<const Weight*>(packed.blocks.const_data_ptr())),
         places(static_cast<const int32_t*>(packed.places.const_data_ptr())),
         starts(static_cast<const int32_t*>(packed.starts.const_data_ptr())),
-        factor(factor_), bias(bias_), relu(relu_), output(output_) {}
+        of_filters(of_filters_), relu(relu_), output(output_) {}
 
   void run() const {
     const int64_t ranges = (conv.pixels() + kRange - 1) / kRange;
@@ -77,7 +84,7 @@ class BlockSum {
   const In* padded;
   const Weight* weights;
   const int32_t *places, *starts;
-  const float *factor, *bias;
+  Constants of_filters;
   bool relu;
   float* output;
 
@@ -107,8 +114,8 @@ class BlockSum {
     const bool direct = filters == width;
     float *factors = constants, *biases = constants + width;
     for (int64_t o = 0; o < width; ++o) {
-      factors[o] = factor != nullptr && o < filters ? factor[g * conv.cout + o] : 0.0f;
-      biases[o] = bias != nullptr && o < filters ? bias[g * conv.cout + o] : 0.0f;
+      factors[o] = of_filters.factor != nullptr && o < filters ? of_filters.factor[g * conv.cout + o] : 0.0f;
+      biases[o] = of_filters.bias != nullptr && o < filters ? of_filters.bias[g * conv.cout + o] : 0.0f;
     }
     const int64_t panel_step = cin * kPanel, block_step = conv.panels * panel_step;
     float* const to = output + begin * conv.num_out + g * conv.cout;
@@ -125,6 +132,7 @@ class BlockSum {
       for (int64_t panel = 0; panel < conv.panels; panel += Kernel::kPanels) {
         tile.weights = weights + b * block_step + panel * panel_step;
         tile.factor = factors + panel * kPanel, tile.bias = biases + panel * kPanel;
+        tile.start = of_filters.start == nullptr ? nullptr : of_filters.start + g * width + panel * kPanel;
         tile.sums = (direct ? to : aside) + panel * kPanel;
         add_pixels(tile, rows, pixels, std::min(Kernel::kPanels, conv.panels - panel));
       }

@@ -66,7 +66,7 @@ FXSLIM_AVX2 inline void whole_bytes_avx2(
 template <bool Spread, class M>
 inline void whole_bytes(const M* x, int64_t bytes, const M* from, const M* to, uint8_t* bits) {
 #if FXSLIM_X86
-  if (instruction_set() == InstructionSet::avx512) return whole_bytes_avx512<Spread>(x, bytes, from, to, bits);
+  if (instruction_set() >= InstructionSet::avx512) return whole_bytes_avx512<Spread>(x, bytes, from, to, bits);
   if constexpr (sizeof(M) == 4)
     if (instruction_set() == InstructionSet::avx2) return whole_bytes_avx2<Spread>(x, bytes, from, to, bits);
 #endif
@@ -160,7 +160,7 @@ template <class Word>
 inline void select_by_bits(const Word* from, const uint8_t* bits, Word* to, int64_t n) {
   int64_t i = 0;
 #if FXSLIM_X86
-  if (instruction_set() == InstructionSet::avx512) i = select_avx512(from, bits, to, n);
+  if (instruction_set() >= InstructionSet::avx512) i = select_avx512(from, bits, to, n);
   if constexpr (sizeof(Word) <= 4)
     if (instruction_set() == InstructionSet::avx2) i = select_avx2(from, bits, to, n);
 #endif
