@@ -134,6 +134,9 @@ FXSLIM_INLINE inline int32_t two_shorts(const int16_t* x) {
   return both;
 }
 
+// The compiler must not gather whole numbers before it adds them: it has no registers for that.
+#define FXSLIM_KEEP(sum) __asm__("" : "+v"(sum))
+
 struct Avx2 : Shorts {
   using Weight = int8_t;
   static constexpr int64_t kPixels = 6, kPanels = 1;
@@ -168,6 +171,8 @@ struct Avx2 : Shorts {
             const __m256i two = _mm256_set1_epi32(two_shorts(x[i] + k + 2 * half));
             sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(two, weights[0]));
             sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(two, weights[1]));
+            FXSLIM_KEEP(sums[i][0]);
+            FXSLIM_KEEP(sums[i][1]);
           }
         }
     }
@@ -227,8 +232,10 @@ struct Avx512 : Shorts {
           for (int64_t i = 0; i < Pixels; ++i) {
             const __m512i two = _mm512_set1_epi32(two_shorts(x[i] + k + 2 * half));
 #pragma GCC unroll 4
-            for (int64_t p = 0; p < Panels; ++p)
+            for (int64_t p = 0; p < Panels; ++p) {
               sums[i][p] = _mm512_add_epi32(sums[i][p], _mm512_madd_epi16(two, weights[p]));
+              FXSLIM_KEEP(sums[i][p]);
+            }
           }
         }
     }
