@@ -152,7 +152,7 @@ def test_the_plan_is_a_table() -> None:
 
 
 def test_models_that_are_not_ready_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no layer of this model is quantized: prepare_qat"):
+    with pytest.raises(ConfigError, match="no layer of this model is quantized, and none has zero blocks: prepare_qat"):
         fxslim.convert(nn.Linear(2, 2))
     config = QuantConfig(activation=ActivationQuant(batch_num=4))
     model = fxslim.prepare_qat(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config)
