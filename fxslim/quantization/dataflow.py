@@ -64,7 +64,10 @@ class Dataflow:
     def norm_behind(self, call: ModuleCall) -> str | None:
         """The batch norm that alone reads what a module gave, where both are called once."""
         node = call.outputs[0] if len(call.outputs) == 1 else None
-        readers = [] if node is None or node in self.recording.outputs else readers_of(node)
+        # What a hook made of a result, and what the model returns besides, stay what they are.
+        if node is None or node in self.recording.outputs or not self.is_product(node):
+            return None
+        readers = readers_of(node)
         if len(readers) != 1 or operator_of(readers[0]) not in _NORMS or readers[0].args[0] is not node:
             return None
         name = str(readers[0].meta.get("module") or "")
