@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.batches import Data
-from fxslim.deploy.layer_conversion import BLOCKS, LayerConversion, layer_conversion
+from fxslim.deploy.layer_conversion import BLOCKS, LayerConversion, conversion_from_row
 from fxslim.deploy.readiness import refuse_unready, refuse_violations
 from fxslim.deploy.stripped_masks import take_no_nested, unmask
 from fxslim.errors import CheckpointError, ConfigError, PlanError
@@ -137,7 +137,7 @@ class ConvertPlan:
             )
         try:
             return cls(
-                layers=tuple(layer_conversion(*fields) for fields in data["layers"]),
+                layers=tuple(conversion_from_row(*fields) for fields in data["layers"]),
                 shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
                 relus=tuple(map(str, data.get("relus", ()))),
                 notes=tuple(map(str, data["notes"])),

@@ -110,7 +110,7 @@ def _planned(
             notes.append(plan)
             continue
         planned.append(plan)
-        if plan.kernel == "float" and not plan.given and name in _taking_given(model):
+        if plan.kernel.startswith("float") and not plan.given and name in _taking_given(model):
             notes.append(f"{name} computes in float: which grid its input is on is not known; give example_inputs=")
     return planned, notes
 
@@ -152,8 +152,8 @@ def _quantized(
     if choice is not None and choice.form == BLOCKS:
         try:
             return _sparse(model, name, choice, norm, given)
-        except UnsupportedLayerError as error:
-            why = str(error)
+        except UnsupportedLayerError:
+            why = "integers that skip zeros need inputs and weights of at most 8 bits"
     plan = LayerConversion(name=name, norm=norm, given=given, kernel="", bytes_before=0, bytes_after=0)
     try:
         done = _sized(model, plan)

@@ -102,7 +102,7 @@ def sparse_form(
     return made
 
 
-def layer_conversion(
+def conversion_from_row(
     name: Any, norm: Any, given: Any, kernel: Any, before: Any, after: Any, form: Any = SMALL, blocks: Any = None
 ) -> LayerConversion:
     """From the fields that ``to_row`` wrote."""

@@ -132,8 +132,10 @@ def _read_by_others(model: nn.Module, examples: Iterable[Inputs], names: list[st
     computed, users, holders = find_computed_layers(model), find_users(model, examples, None), _holders(model)
     found = {}
     for name in names:
-        user = users.get(f"{name}.weight".lstrip("."))
-        others = [other for other in holders[id(_stored(model.get_submodule(name)))] if other != name]
+        layer = model.get_submodule(name)
+        # The quantizer of a weight reads it for its layer.
+        user = None if isinstance(layer, QuantizedLayer) else users.get(f"{name}.weight".lstrip("."))
+        others = [other for other in holders[id(layer._parameters["weight"])] if other != name]
         if name in computed:
             found[name] = "its weight is computed before each forward"
         elif user is not None:
@@ -149,7 +151,3 @@ def _holders(model: nn.Module) -> Mapping[int, list[str]]:
         for parameter in module._parameters.values():
             found.setdefault(id(parameter), []).append(name)
     return found
-
-
-def _stored(module: nn.Module) -> Any:
-    return module._parameters["weight"]

@@ -38,3 +38,4 @@ from fxslim.nn.quant_config import QuantConfig as QuantConfig
 from fxslim.nn.quant_config import WeightQuant as WeightQuant
 from fxslim.nn.quant_dialects import as_quant_config as as_quant_config
 from fxslim.nn.quantized_layers import QuantizedLayer as QuantizedLayer
+from fxslim.nn.semi_structured_linear import SemiStructuredLinear as SemiStructuredLinear

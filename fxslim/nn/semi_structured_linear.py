@@ -49,10 +49,15 @@ class SemiStructuredLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(..., inputs)."""
         with torch.no_grad():
-            if self.weight.device.type == "cuda" and input.dtype == self.weight.dtype in _DTYPES and input.numel():
+            if self.has_kernel(input):
                 return F.linear(input, self._compressed_weight(), self.bias)
             bias = None if self.bias is None else self.bias.to(input.dtype)
             return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether the GPU multiplies this input with the compressed weight; else the dense one is used."""
+        weight = self.weight
+        return weight.device.type == "cuda" and weight.dtype in _DTYPES and x.dtype == weight.dtype and x.numel() > 0
 
     def _compressed_weight(self) -> Tensor:
         made = self.__dict__.get(_COMPRESSED)

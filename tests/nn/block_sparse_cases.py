@@ -17,9 +17,7 @@ RATIOS = [0.0, 0.3, 0.5, 0.75, 0.95]
 def patterns(draw: st.DrawFn) -> Block:
     """Blocks of odd sizes too."""
     size = st.sampled_from([1, 2, 3, 5, 8, 16, 17, 32, 64])
-    return Block(
-        cin=draw(size), cout=draw(size), per_position=draw(st.booleans()), ratio=draw(st.sampled_from(RATIOS))
-    )
+    return Block(cin=draw(size), cout=draw(size), per_position=draw(st.booleans()), ratio=draw(st.sampled_from(RATIOS)))
 
 
 @st.composite
