@@ -91,6 +91,20 @@ def pack_blocks(weight: Tensor, cin: int = 32, cout: int = 64) -> tuple[Tensor, 
     return packed.contiguous(), places.contiguous(), starts
 
 
+def empty_blocks(weight: Tensor, sizes: BlockSizes, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for so many blocks of such a weight: zeros, all at the first place.
+
+    >>> [part.shape[0] for part in empty_blocks(torch.zeros(64, 64), BlockSizes.of((64, 64), 32, 16), 5)]
+    [5, 5, 5]
+    """
+    rows = (-(-sizes.cin // QUAD), PANEL, QUAD) if weight.dtype == torch.int8 else (sizes.cin, PANEL)
+    blocks = weight.new_zeros(count, sizes.panels, *rows)
+    places = weight.new_zeros(count, 2, dtype=torch.int32)
+    starts = weight.new_full((sizes.over_filters + 1,), count, dtype=torch.int32)
+    starts[0] = 0
+    return blocks, places, starts
+
+
 def unpack_blocks(blocks: Tensor, places: Tensor, starts: Tensor, sizes: BlockSizes) -> Tensor:
     """The weight that was packed, (out, in, positions)."""
     if blocks.dim() == 5:

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.kernels import pack_blocks
-from fxslim.kernels.block_layout import BlockSizes, unpack_blocks
+from fxslim.kernels.block_layout import BlockSizes, empty_blocks, unpack_blocks
+from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
+from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns import Block
 
@@ -30,11 +32,10 @@ class PackedBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.cin, self.cout = weight.shape, pattern.cin, pattern.cout
-        blocks, places, starts = pack_blocks(weight, self.cin, self.cout)
-        if num_blocks is not None:
-            blocks, places = (part.new_zeros(num_blocks, *part.shape[1:]) for part in (blocks, places))
-            starts = torch.full_like(starts, num_blocks)
-            starts[0] = 0
+        if num_blocks is None:
+            blocks, places, starts = pack_blocks(weight, self.cin, self.cout)
+        else:
+            blocks, places, starts = empty_blocks(weight, self.sizes, num_blocks)
         for name, state in (("blocks", blocks), ("places", places), ("starts", starts), ("scale", scale)):
             self.register_buffer(name, state)
 
@@ -64,7 +65,13 @@ class PackedBlocks(nn.Module):
         return self.blocks.device
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in floating point."""
+        """The whole weight in floating point; a file of ONNX gets it as a constant."""
+        if is_lowering():
+            with without_modes(), telling(), torch.no_grad():
+                return real_twin(self)._whole(dtype)
+        return self._whole(dtype)
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
         weight = unpack_blocks(self.blocks, self.places, self.starts, self.sizes).reshape(self.shape)
         if self.scale is not None:
             weight = weight.to(torch.promote_types(dtype, self.scale.dtype))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn import BlockSparseConv2d, BlockSparseLinear
+from fxslim.nn.packed_blocks import PackedBlocks
 from fxslim.patterns import Block
 from tests.nn.block_sparse_cases import assert_close, convolutions, masked, patterns
 
@@ -167,6 +168,19 @@ def test_copies_pickles_and_states() -> None:
         BlockSparseConv2d(nn.Conv2d(64, 64, 3)).load_state_dict(layer.state_dict())
 
 
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3)), pattern=patterns(),
+    dtype=st.sampled_from([torch.float32, torch.int8]),
+)  # fmt: skip
+def test_room_for_blocks_has_their_shapes(shape: tuple[int, ...], pattern: Block, dtype: torch.dtype) -> None:
+    packed = PackedBlocks(torch.ones(shape, dtype=dtype), pattern)
+    room = PackedBlocks(torch.ones(shape, dtype=dtype), pattern, num_blocks=packed.num_blocks)
+    for name, state in packed.state_dict().items():
+        found = room.state_dict()[name]
+        assert (found.shape, found.dtype) == (state.shape, state.dtype)
+    assert room(torch.float32).shape == shape
+
+
 def test_no_gradients_and_the_same_in_training() -> None:
     layer, x = sparse_conv(), torch.randn(1, 64, 8, 8, requires_grad=True)
     y = layer.train()(x)
@@ -180,6 +194,8 @@ def test_no_gradients_and_the_same_in_training() -> None:
 
 
 def test_on_the_meta_device() -> None:
+    room = BlockSparseConv2d(nn.Conv2d(64, 64, 3, device="meta"), num_blocks=9)
+    assert room.weight.blocks.shape == sparse_conv().weight.blocks.shape
     layer = sparse_conv(stride=2).to("meta")
     assert layer(torch.empty(2, 64, 9, 9, device="meta")).shape == (2, 64, 4, 4)
 
