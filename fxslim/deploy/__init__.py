@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Out of training: a quantized model as plain layers with small weights, in integers where torch has kernels."""
+"""Out of training: small weights in integers where there are kernels, and layers that skip blocks of zeros."""
 
 from fxslim.deploy.convert_plan import ConvertPlan as ConvertPlan
 from fxslim.deploy.converting import convert as convert

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan of how quantized layers are deployed; replayed, it rebuilds the structure for saved weights."""
+"""A plan of how quantized and sparse layers are deployed; replayed, it rebuilds the structure for saved weights."""
 
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,14 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.batches import Data
-from fxslim.deploy.readiness import refuse_unready
+from fxslim.deploy.layer_conversion import BLOCKS, LayerConversion, conversion_from_row
+from fxslim.deploy.readiness import refuse_unready, refuse_violations
+from fxslim.deploy.stripped_masks import take_no_nested, unmask
 from fxslim.errors import CheckpointError, ConfigError, PlanError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.recording import undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
-from fxslim.nn import HandedOverLinearQAT, QuantizedLayer
+from fxslim.nn import HandedOverLinearQAT, MaskedWeights, QuantizedLayer
 from fxslim.nn.deployed_layers import become, held
 from fxslim.nn.norm_folding import without_norm
 from fxslim.nn.quantizers import ActivationQuantizer
@@ -31,27 +33,14 @@ KIND = "convert"
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerConversion:
-    """What becomes of one layer; ``kernel`` is what it computes with on the machine that planned.
-
-    ``norm``: a batch norm that becomes part of it. ``given``: the quantizer that its input comes from.
-    """
-
-    name: str
-    norm: str | None
-    given: str | None
-    kernel: str
-    bytes_before: int
-    bytes_after: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConvertPlan:
     """The layers that are deployed; all other quantizers of activations keep their grid for good."""
 
     layers: tuple[LayerConversion, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    # ReLUs that became part of layers.
+    relus: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -76,26 +65,37 @@ class ConvertPlan:
         model = without_compile_wrapper(model)
         names_in(model, self.shapes)
         if values:
-            refuse_unready(model)
+            self._refuse_unready(model)
         changes.on_undo(HookState(model).restore)
         changes.on_undo(ModelState(model).restore)
         with torch.inference_mode(False), torch.no_grad():
-            self._change(model, changes)
+            done = self._change(model, changes, values)
             if values:
                 _try(model, self.inputs)
-        remember_plan(model, self, changes)
+        remember_plan(model, done, changes)
 
-    def _change(self, model: nn.Module, changes: Changes) -> None:
-        made: list[tuple[nn.Module, nn.Module]] = []
+    def _refuse_unready(self, model: nn.Module) -> None:
+        refuse_unready(model)
         for one in self.layers:
             layer = model.get_submodule(module_in(model, one.name))
-            if not isinstance(layer, QuantizedLayer):
-                raise PlanError(f"{one.name or 'the model'} is a {type(layer).__name__}, which is not quantized")
+            if one.form == BLOCKS and isinstance(layer, MaskedWeights):
+                refuse_violations(one.name, layer)
+
+    def _change(self, model: nn.Module, changes: Changes, values: bool) -> Self:
+        """Convert; returns the plan with the blocks that the weights have."""
+        made: list[tuple[nn.Module, nn.Module]] = []
+        dense, done = list[nn.Module](), list[LayerConversion]()
+        for one in self.layers:
+            layer, deployed = one.made(model, values=values)
+            if deployed is None:
+                dense.append(layer)
+            else:
+                made.append((layer, deployed))
+            done.append(one if deployed is None else one.with_blocks_of(deployed))
             norm = None if one.norm is None else model.get_submodule(module_in(model, one.norm))
-            given: Any = None if one.given is None else model.get_submodule(module_in(model, one.given))
-            made.append((layer, layer.deployed(norm, given)))
             if norm is not None:
                 made.append((norm, without_norm(norm)))
+        made += [(relu, without_norm(relu)) for relu in self._relus_of(model)]
         fixed = _fixed(model)
         for module, deployed in made:
             changes.make(
@@ -104,6 +104,12 @@ class ConvertPlan:
         for owner, name, quantizer in fixed:
             if owner._modules.get(name) is not None and isinstance(owner._modules[name], ActivationQuantizer):
                 changes.set_item(owner._modules, name, quantizer)
+        unmask(model, dense, changes)
+        take_no_nested(model, changes)
+        return replace(self, layers=tuple(done))
+
+    def _relus_of(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule(module_in(model, name)) for name in self.relus]
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, under a temporary name first."""
@@ -116,9 +122,8 @@ class ConvertPlan:
             "kind": KIND,
             "version": VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "layers": [
-                [one.name, one.norm, one.given, one.kernel, one.bytes_before, one.bytes_after] for one in self.layers
-            ],
+            "layers": [one.to_row() for one in self.layers],
+            "relus": list(self.relus),
             "notes": list(self.notes),
         }
 
@@ -132,8 +137,9 @@ class ConvertPlan:
             )
         try:
             return cls(
-                layers=tuple(_layer(*fields) for fields in data["layers"]),
+                layers=tuple(conversion_from_row(*fields) for fields in data["layers"]),
                 shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
+                relus=tuple(map(str, data.get("relus", ()))),
                 notes=tuple(map(str, data["notes"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -143,6 +149,7 @@ class ConvertPlan:
         rows = [("layer", "kernel", "bytes before", "bytes after")]
         for one in self.layers:
             kernel = one.kernel + (f", {one.norm} folded in" if one.norm is not None else "")
+            kernel += ", ReLU" if one.blocks is not None and one.blocks.relu else ""
             rows.append((one.name or "(the model)", kernel, f"{one.bytes_before:,}", f"{one.bytes_after:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
@@ -152,13 +159,6 @@ class ConvertPlan:
         before, after = (sum(getattr(one, f"bytes_{name}") for one in self.layers) for name in ("before", "after"))
         lines.append(f"{len(self.layers)} layers: {before:,} -> {after:,} bytes ({after / max(before, 1):.1%} kept)")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def _layer(name: str, norm: str | None, given: str | None, kernel: str, before: int, after: int) -> LayerConversion:
-    return LayerConversion(
-        name=str(name), norm=None if norm is None else str(norm), given=None if given is None else str(given),
-        kernel=str(kernel), bytes_before=int(before), bytes_after=int(after),
-    )  # fmt: skip
 
 
 def _fixed(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

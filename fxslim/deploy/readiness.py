@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a quantized model's grids are final."""
+"""Whether a model's grids are final, and its masks what they should be."""
 
 from torch import nn
 
-from fxslim.errors import CalibrationError
+from fxslim.errors import CalibrationError, PlanError
+from fxslim.nn import MaskedWeights
 from fxslim.nn.quantized_layers import unready
 from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from fxslim.patterns import check
+from fxslim.patterns.weight_layout import layout_of
 
 _SHOWN = 5
 
@@ -22,3 +25,15 @@ def refuse_unready(model: nn.Module) -> None:
         raise CalibrationError(
             f"{len(obstacles)} quantizers are not ready: {'; '.join(obstacles[:_SHOWN])}{more}. Nothing was changed"
         )
+
+
+def refuse_violations(name: str, layer: MaskedWeights) -> None:
+    """Raise where a masked weight does not follow the pattern of its mask."""
+    for weight in layer.weight_names:
+        found = check(layout_of(layer).rows(layer.masked(weight).detach()), layer.current_pattern)
+        if found.violations:
+            raise PlanError(
+                f"{f'{name}.{weight}'.lstrip('.')} violates its pattern {found.pattern}: {found.violations} of its "
+                f"{found.groups} blocks should be zero and are not. Its mask was changed, or a layer was pruned after "
+                "it: make the masks anew (layer.refresh()), or convert with sparse=False. Nothing was changed"
+            )

@@ -46,6 +46,11 @@ class BlockSizes:
         return -(-self.num_in // self.cin)
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole weight."""
+        return self.over_filters * self.over_channels * self.positions
+
+    @property
     def panels(self) -> int:
         """Panels of a block."""
         return -(-self.cout // PANEL)
@@ -86,13 +91,29 @@ def pack_blocks(weight: Tensor, cin: int = 32, cout: int = 64) -> tuple[Tensor, 
     return packed.contiguous(), places.contiguous(), starts
 
 
+def empty_blocks(weight: Tensor, sizes: BlockSizes, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for so many blocks of such a weight: zeros, all at the first place.
+
+    >>> [part.shape[0] for part in empty_blocks(torch.zeros(64, 64), BlockSizes.of((64, 64), 32, 16), 5)]
+    [5, 5, 5]
+    """
+    rows = (-(-sizes.cin // QUAD), PANEL, QUAD) if weight.dtype == torch.int8 else (sizes.cin, PANEL)
+    blocks = weight.new_zeros(count, sizes.panels, *rows)
+    places = weight.new_zeros(count, 2, dtype=torch.int32)
+    starts = weight.new_full((sizes.over_filters + 1,), count, dtype=torch.int32)
+    starts[0] = 0
+    return blocks, places, starts
+
+
 def unpack_blocks(blocks: Tensor, places: Tensor, starts: Tensor, sizes: BlockSizes) -> Tensor:
     """The weight that was packed, (out, in, positions)."""
     if blocks.dim() == 5:
         blocks = blocks.transpose(3, 4).flatten(2, 3)[:, :, : sizes.cin]
     whole = blocks.new_zeros(sizes.over_filters, sizes.over_channels, sizes.positions, *blocks.shape[1:])
     counts = starts.diff()
-    groups = torch.repeat_interleave(torch.arange(len(counts), device=blocks.device), counts.long())
+    # Told how many there are, compilers need no values to know it.
+    numbers = torch.arange(len(counts), device=blocks.device)
+    groups = torch.repeat_interleave(numbers, counts.long(), output_size=len(blocks))
     whole[groups, places[:, 0].long(), places[:, 1].long()] = blocks
     # (filters, channels, positions, panels, cin, 16) to (filters, panels, 16, channels, cin, positions)
     rows = whole.permute(0, 3, 5, 1, 4, 2).flatten(1, 2)[:, : sizes.cout].flatten(0, 1)

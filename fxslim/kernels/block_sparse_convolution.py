@@ -39,7 +39,8 @@ def _reference(
     output = F.conv2d(x, weight, bias, stride, 0, dilation)
     if relu:
         output = output.relu_()
-    return output.permute(0, 2, 3, 1).contiguous()
+    # No view: what is added to it in place may carry a gradient.
+    return output.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
 
 
 torch.library.impl("fxslim::block_sparse_conv2d", "default", _reference)

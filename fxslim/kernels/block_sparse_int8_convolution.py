@@ -49,7 +49,8 @@ def _reference(
     output = sums.float() * factor
     if bias is not None:
         output = output + bias
-    return (output.relu_() if relu else output).contiguous()
+    # No view: what is added to it in place may carry a gradient.
+    return (output.relu_() if relu else output).clone(memory_format=torch.contiguous_format)
 
 
 torch.library.impl("fxslim::block_sparse_conv2d_int8", "default", _reference)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counterparts of torch.nn's layers: the same names and parameters, with a mask on the weight."""
 
+from fxslim.nn.block_sparse_conv import BlockSparseConv2d as BlockSparseConv2d
+from fxslim.nn.block_sparse_linear import BlockSparseLinear as BlockSparseLinear
 from fxslim.nn.handed_over import HandedOver as HandedOver
 from fxslim.nn.handed_over import HandedOverConv1d as HandedOverConv1d
 from fxslim.nn.handed_over import HandedOverConv2d as HandedOverConv2d
@@ -10,6 +12,8 @@ from fxslim.nn.handed_over import HandedOverConvTranspose2d as HandedOverConvTra
 from fxslim.nn.handed_over import HandedOverConvTranspose3d as HandedOverConvTranspose3d
 from fxslim.nn.handed_over import HandedOverLinear as HandedOverLinear
 from fxslim.nn.handed_over_quantized import HandedOverLinearQAT as HandedOverLinearQAT
+from fxslim.nn.int8_block_sparse import Int8BlockSparseConv2d as Int8BlockSparseConv2d
+from fxslim.nn.int8_block_sparse import Int8BlockSparseLinear as Int8BlockSparseLinear
 from fxslim.nn.mask_settings import MaskSettings as MaskSettings
 from fxslim.nn.masked_attention import MaskedMultiheadAttention as MaskedMultiheadAttention
 from fxslim.nn.masked_convolutions import MaskedConv1d as MaskedConv1d
@@ -34,3 +38,4 @@ from fxslim.nn.quant_config import QuantConfig as QuantConfig
 from fxslim.nn.quant_config import WeightQuant as WeightQuant
 from fxslim.nn.quant_dialects import as_quant_config as as_quant_config
 from fxslim.nn.quantized_layers import QuantizedLayer as QuantizedLayer
+from fxslim.nn.semi_structured_linear import SemiStructuredLinear as SemiStructuredLinear

@@ -51,7 +51,7 @@ class DeployedLayer(nn.Module):
         factor, shift = (None, None) if norm is None else folded_norm(norm)
         self.weight = SmallWeight.of(layer, "weight", layout_of(layer), factor) if weight is None else weight
         bias = getattr(layer, "bias", None)
-        self.register_buffer("bias", _bias(None if bias is None else bias.detach(), factor, shift))
+        self.register_buffer("bias", folded_bias(None if bias is None else bias.detach(), factor, shift))
         source = layer.input_quantizer if given is None else given
         self.input_is_given = given is not None
         self.input_grid = None if source is None or source.config.format != "int" else source.config.grid
@@ -101,7 +101,8 @@ def held(quantizer: ActivationQuantizer) -> FixedQuantizer:
     return FixedQuantizer(*quantizer.grid(), config.grid, config.format)
 
 
-def _bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
+def folded_bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The bias once a norm is part of the layer."""
     if factor is None or shift is None:
         return None if bias is None else bias.clone()
     return shift.clone() if bias is None else (bias * factor + shift).to(bias.dtype)

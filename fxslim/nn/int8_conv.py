@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fxslim.nn.byte_products import PackedWeight, convolve_bytes, fits
 from fxslim.nn.dequantized_layers import DequantizedConv
+from fxslim.nn.image_padding import image_paddings
 from fxslim.nn.int8_layers import Int8Layer
 
 
@@ -18,21 +19,12 @@ class Int8Conv2d(Int8Layer, DequantizedConv):
     """
 
     def integer_product(self, x: Tensor, scale: float, zero_point: int, packed: PackedWeight) -> Tensor:
-        before, after = self._paddings()
+        before, after = image_paddings(self)
         if before != after:
             left, right = before[1], after[1]
             x = F.pad(x, (left, right, before[0], after[0]), value=zero_point)
             before = [0, 0]
         return convolve_bytes(x, scale, zero_point, packed, self.stride, before, self.dilation)
-
-    def _paddings(self) -> tuple[list[int], list[int]]:
-        """Above and left of the image, and below and right of it."""
-        layer: Any = self
-        if layer.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            return [total // 2 for total in totals], [total - total // 2 for total in totals]
-        both = [0, 0] if layer.padding == "valid" else list(layer.padding)
-        return both, both
 
 
 def deployed_conv2d(layer: Any, *args: Any) -> DequantizedConv:

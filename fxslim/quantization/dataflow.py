@@ -64,7 +64,10 @@ class Dataflow:
     def norm_behind(self, call: ModuleCall) -> str | None:
         """The batch norm that alone reads what a module gave, where both are called once."""
         node = call.outputs[0] if len(call.outputs) == 1 else None
-        readers = [] if node is None else _readers(node)
+        # What a hook made of a result, and what the model returns besides, stay what they are.
+        if node is None or node in self.recording.outputs or not self.is_product(node):
+            return None
+        readers = readers_of(node)
         if len(readers) != 1 or operator_of(readers[0]) not in _NORMS or readers[0].args[0] is not node:
             return None
         name = str(readers[0].meta.get("module") or "")
@@ -73,6 +76,10 @@ class Dataflow:
     def is_product(self, node: fx.Node) -> bool:
         """Whether a layer's arithmetic gave it, at once or moved."""
         return operator_of(self.source(node)) in _PRODUCTS
+
+    def is_norm(self, node: fx.Node) -> bool:
+        """Whether it is what a batch norm does."""
+        return operator_of(node) in _NORMS
 
     def source(self, node: fx.Node) -> fx.Node:
         """The tensor that this one is a moved part of."""
@@ -84,17 +91,17 @@ class Dataflow:
         """Whether a tensor, or all that it is moved and joined into, is on a grid."""
         if node in on_grid:
             return True
-        readers = _readers(node)
+        readers = readers_of(node)
         joined = all(operator_of(reader) in _MOVES or operator_of(reader) == "cat" for reader in readers)
         return bool(readers) and joined and all(self.is_held(_value(reader), on_grid) for reader in readers)
 
     def settled(self, node: fx.Node) -> fx.Node:
         """The tensor after a norm that can be folded, and after a clamp that the range can hold."""
         node = _value(node)
-        readers = _readers(node)
+        readers = readers_of(node)
         if len(readers) == 1 and operator_of(readers[0]) in _NORMS and readers[0].args[0] is node:
             node = _value(readers[0])
-            readers = _readers(node)
+            readers = readers_of(node)
         if len(readers) == 1 and operator_of(readers[0]) in _CLAMPS:
             return readers[0]
         return node
@@ -147,7 +154,8 @@ def _value(node: fx.Node) -> fx.Node:
     return node
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The operators that read a tensor, without results of theirs that nothing uses."""
     return [
         user for user in node.users if not (operator_of(user) == "getitem" and not user.users and user.args[1] != 0)
     ]

@@ -65,7 +65,7 @@ class BakePlan:
             raise PlanError("no layer of this model has a mask")
         changes.on_undo(HookState(model).restore)
         for layer in layers:
-            _bake_layer(layer, changes)
+            bake_layer(layer, changes)
         for module in model.modules():
             stop_counting(module)
         remember_plan(model, self, changes)
@@ -87,7 +87,8 @@ class BakePlan:
         return "masks written into the weights"
 
 
-def _bake_layer(module: MaskedWeights, changes: Changes) -> None:
+def bake_layer(module: MaskedWeights, changes: Changes) -> None:
+    """Write the zeros into one layer's weights and take its masks away."""
     names, plain = module.weight_names, module.float_class
     before = dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
     for name in names:

@@ -94,6 +94,28 @@ def test_norms_become_part_of_convolutions() -> None:
     assert_close(simulated, model, torch.randn_like(x))
 
 
+class Returns(nn.Module):
+    """Gives what its norm reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, self.norm(y)
+
+
+def test_norms_stay_where_what_they_read_is_returned_or_changed_by_a_hook() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    models: list[nn.Module] = [Returns(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))]
+    models[1][0].register_forward_hook(lambda module, args, output: output - 1)
+    for model in models:
+        model.train()(x)
+        fxslim.quantize(model.eval(), "int8", data=[x], target="tensorrt")
+        assert [one.norm for one in fxslim.plan_convert(model, example_inputs=x).layers] == [None]
+
+
 def test_inputs_tell_the_grid_of_what_comes_quantized() -> None:
     model, x = quantized("convolutions")
     blind = fxslim.plan_convert(model)
@@ -152,7 +174,7 @@ def test_the_plan_is_a_table() -> None:
 
 
 def test_models_that_are_not_ready_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no layer of this model is quantized: prepare_qat"):
+    with pytest.raises(ConfigError, match="no layer of this model is quantized, and none has zero blocks: prepare_qat"):
         fxslim.convert(nn.Linear(2, 2))
     config = QuantConfig(activation=ActivationQuant(batch_num=4))
     model = fxslim.prepare_qat(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config)
