@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +40,7 @@ def check(got: Tensor, wanted: Tensor, what: str) -> None:
         raise SystemExit(f"{what}: off by {off:.1e} of the dense result")
 
 
-def settings(layer: Layer) -> dict[str, object]:
+def settings(layer: Layer) -> dict[str, Any]:
     """What both operators are told."""
     side = layer.padding
     return {
@@ -71,7 +72,7 @@ def runtime_layer(layer: Layer, batch: int, weight: np.ndarray, *, bare: bool) -
     kind = TensorProto.UINT8 if bare else TensorProto.FLOAT
     inner = ["x", "y"] if bare else ["q", "r"]
     constants = {
-        "xs": np.float32(0.02), "xz": np.uint8(128), "w": weight.transpose(0, 2, 3, 1) if False else weight,
+        "xs": np.float32(0.02), "xz": np.uint8(128), "w": weight,
         "ws": np.full(layer.num_out, 0.01, np.float32), "wz": np.zeros(layer.num_out, np.int8),
         "ys": np.float32(0.5), "yz": np.uint8(128),
     }  # fmt: skip
@@ -115,7 +116,8 @@ def int8_seconds(layer: Layer, batch: int, ratio: float, rounds: int) -> tuple[f
 
     contestants = {"bare": lambda: bare(bytes_of_x), "whole": lambda: whole(x), "sparse": sparse}
     seconds = take_turns(contestants, torch.device("cpu"), rounds)
-    return tuple(statistics.median(seconds[name]) for name in contestants)
+    first, second, third = (statistics.median(seconds[name]) for name in contestants)
+    return first, second, third
 
 
 def float_table(layers: Counter[Layer], batch: int, rounds: int, peak: float) -> list[str]:
@@ -124,7 +126,8 @@ def float_table(layers: Counter[Layer], batch: int, rounds: int, peak: float) ->
     lines = [f"| layer | how often | {' | '.join(heads)} | dense of peak | ours of peak |", "|---" * 13 + "|"]
     totals = {ratio: [0.0, 0.0] for ratio in RATIOS}
     for layer, count in sorted(layers.items()):
-        cells, rates = [str(layer), str(count)], []
+        cells = [str(layer), str(count)]
+        rates: list[float] = []
         for ratio in RATIOS:
             dense, sparse = float_seconds(layer, batch, ratio, rounds)
             totals[ratio][0] += count * dense
@@ -177,11 +180,12 @@ def report(models: list[str], batches: list[int], rounds: int) -> str:
         f"# Convolutions that skip zero blocks, {datetime.date.today()}", "",
         f"{machine()}, onnxruntime {onnxruntime.__version__}", "",
         "`python -m benchmarks.kernels.block_sparse`: one thread, process-CPU time, channels last, Cin32Cout64 masks",
-        f"by magnitude on random weights; contestants take turns, medians of {rounds} rounds after two to warm up. Layers",
-        "with 64 input channels or more, at 224 pixels; sums count each as often as the model has it.",
+        f"by magnitude on random weights; contestants take turns, medians of {rounds} rounds after two to warm up.",
+        "Layers with 64 input channels or more, at 224 pixels; sums count each as often as the model has it.",
         f"Peak: {peak:.0f} GFLOP/s, multiply-adds in registers in the same process; `of peak` is at 0 %.", "",
-        "float32: `dense` is torch's convolution (oneDNN) with the same masked weight. int8: `kernel` is ONNX Runtime's",
-        "QLinearConv from bytes to bytes, dense; `with edges` quantizes a float input and gives float, as ours does.", "",
+        "float32: `dense` is torch's convolution (oneDNN) with the same masked weight. int8: `kernel` is ONNX",
+        "Runtime's QLinearConv from bytes to bytes, dense; `with edges` quantizes a float input and gives float, as",
+        "ours does.", "",
         *lines,
     ])  # fmt: skip
 

@@ -12,6 +12,7 @@ import datetime
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def kept_macs(masked: nn.Module, x: Tensor) -> float:
     """The share of multiply-adds that is not with zeros."""
     counted = {"all": 0.0, "kept": 0.0}
 
-    def see(layer: nn.Module, _: object, output: Tensor) -> None:
+    def see(layer: Any, _: object, output: Tensor) -> None:
         weight = layer.masked() if hasattr(layer, "masked") else layer.weight
         positions = output.numel() / weight.shape[0]
         counted["all"] += positions * weight.numel()
@@ -123,8 +124,8 @@ def report(models: list[str], ratios: list[float], batches: list[int], rounds: i
         f"# Whole models without their zero blocks, {datetime.date.today()}", "",
         machine(), "",
         "`python -m benchmarks.models.sparse_models`: 224 pixels, one thread, process-CPU time; contestants take turns",
-        f"in one process, medians of {rounds} rounds after two to warm up. Masks are Cin32Cout64 by magnitude on random",
-        "weights with norms settled; `channels pruned` is `fxslim.prune` to the same macs, its norms folded.",
+        f"in one process, medians of {rounds} rounds after two to warm up. Masks are Cin32Cout64 by magnitude on",
+        "random weights with norms settled; `channels pruned` is `fxslim.prune` to the same macs, its norms folded.",
         "`over` is the time of the best dense form over that of the row.", "",
         "| model | batch | blocks gone | form | macs kept | ms | over | |", "|---" * 8 + "|", *lines, "",
     ])  # fmt: skip
