@@ -1,8 +1,9 @@
 // block_sparse_conv2d_int8 on the CPU: inputs become small integers first, sums are exact in 32 bits.
 //
 // With VNNI inputs are bytes, counted from the lowest step of their grid, and four products are added at once. Without,
-// they are numbers of 16 bits, counted from the zero point, of which two are: channels 0 and 2 of four, then 1 and 3, as
-// the bytes of a weight are widened most easily.
+// they are bytes only where no sum of two products leaves 16 bits. Else they are numbers of 16 bits, counted from the
+// zero point, of which two are multiplied at once: channels 0 and 2 of four, then 1 and 3, as the bytes of a weight are
+// widened most easily.
 #include "block_tiles.h"
 #include "quantize.h"
 
@@ -31,7 +32,7 @@ struct Shorts {
   static constexpr ScalarType kType = ScalarType::Short;
   static int16_t padding(const InputGrid&) { return 0; }
 
-  static FXSLIM_INLINE void fill(const float* from, int16_t* to, int64_t n, const InputGrid& grid) {
+  static FXSLIM_INLINE void fill(const float* from, int16_t* __restrict to, int64_t n, const InputGrid grid) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(static_cast<int32_t>(to_steps(from[i], grid)));
   }
   static FXSLIM_INLINE void arrange(int16_t* values, int64_t n) {
@@ -49,9 +50,11 @@ struct Bytes {
   static constexpr ScalarType kType = ScalarType::Byte;
   static uint8_t padding(const InputGrid& grid) { return static_cast<uint8_t>(-grid.lowest); }
 
-  static FXSLIM_INLINE void fill(const float* from, uint8_t* to, int64_t n, const InputGrid& grid) {
+  // The grid is a copy: bytes that are written could lie in any other object.
+  static FXSLIM_INLINE void fill(const float* from, uint8_t* __restrict to, int64_t n, const InputGrid grid) {
+    const int32_t lowest = static_cast<int32_t>(grid.lowest);
     for (int64_t i = 0; i < n; ++i)
-      to[i] = static_cast<uint8_t>(static_cast<int32_t>(to_steps(from[i], grid)) - static_cast<int32_t>(grid.lowest));
+      to[i] = static_cast<uint8_t>(static_cast<int32_t>(to_steps(from[i], grid)) - lowest);
   }
   static FXSLIM_INLINE void arrange(uint8_t*, int64_t) {}
 };
@@ -134,8 +137,21 @@ FXSLIM_INLINE inline int32_t two_shorts(const int16_t* x) {
   return both;
 }
 
+FXSLIM_INLINE inline int32_t four_bytes(const uint8_t* x) {
+  int32_t all;
+  std::memcpy(&all, x, 4);
+  return all;
+}
+
 // The compiler must not gather whole numbers before it adds them: it has no registers for that.
 #define FXSLIM_KEEP(sum) __asm__("" : "+v"(sum))
+
+FXSLIM_AVX2 inline void store_avx2(__m256i sum, float* to, const float* factor, const float* bias, bool last, bool relu) {
+  if (!last) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sum);
+  const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(factor));
+  const __m256 value = _mm256_add_ps(product, _mm256_loadu_ps(bias));
+  _mm256_storeu_ps(to, relu ? _mm256_max_ps(_mm256_setzero_ps(), value) : value);
+}
 
 struct Avx2 : Shorts {
   using Weight = int8_t;
@@ -179,16 +195,51 @@ struct Avx2 : Shorts {
 #pragma GCC unroll 6
     for (int64_t i = 0; i < Pixels; ++i)
 #pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) {
-        float* to = t.sums + i * t.sum_step + v * 8;
-        if (!t.last) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sums[i][v]);
-          continue;
+      for (int64_t v = 0; v < 2; ++v)
+        store_avx2(sums[i][v], t.sums + i * t.sum_step + v * 8, t.factor + v * 8, t.bias + v * 8, t.last, t.relu);
+  }
+};
+
+struct Avx2Bytes : Bytes {
+  using Weight = int8_t;
+  static constexpr int64_t kPixels = 6, kPanels = 1;
+
+  template <int64_t Pixels, int64_t Panels>
+  FXSLIM_AVX2 static void run(const ByteTile& t) {
+    __m256i sums[Pixels][2];
+    const uint8_t* x[Pixels];
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < Pixels; ++i)
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < 2; ++v)
+        sums[i][v] = _mm256_loadu_si256(
+            t.first ? reinterpret_cast<const __m256i*>(t.start + v * 8)
+                    : reinterpret_cast<const __m256i*>(t.sums + i * t.sum_step + v * 8));
+    for (int64_t b = 0; b < t.count; ++b) {
+      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
+      const uint8_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
+      const int8_t* w = t.weights + b * t.block_step;
+#pragma GCC unroll 6
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad) {
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < Pixels; ++i) {
+          const __m256i four = _mm256_set1_epi32(four_bytes(x[i] + k));
+          sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(four, low), ones));
+          sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(four, high), ones));
+          FXSLIM_KEEP(sums[i][0]);
+          FXSLIM_KEEP(sums[i][1]);
         }
-        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][v]), _mm256_loadu_ps(t.factor + v * 8));
-        const __m256 value = _mm256_add_ps(product, _mm256_loadu_ps(t.bias + v * 8));
-        _mm256_storeu_ps(to, t.relu ? _mm256_max_ps(_mm256_setzero_ps(), value) : value);
       }
+    }
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < Pixels; ++i)
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < 2; ++v)
+        store_avx2(sums[i][v], t.sums + i * t.sum_step + v * 8, t.factor + v * 8, t.bias + v * 8, t.last, t.relu);
   }
 };
 
@@ -274,9 +325,7 @@ struct Avx512Vnni : Bytes {
         for (int64_t p = 0; p < Panels; ++p) weights[p] = _mm512_loadu_si512(w + p * t.panel_step);
 #pragma GCC unroll 6
         for (int64_t i = 0; i < Pixels; ++i) {
-          int32_t bytes;
-          std::memcpy(&bytes, x[i] + k, 4);
-          const __m512i four = _mm512_set1_epi32(bytes);
+          const __m512i four = _mm512_set1_epi32(four_bytes(x[i] + k));
 #pragma GCC unroll 4
           for (int64_t p = 0; p < Panels; ++p) sums[i][p] = _mm512_dpbusd_epi32(sums[i][p], four, weights[p]);
         }
@@ -292,24 +341,35 @@ struct Avx512Vnni : Bytes {
 };
 #endif
 
-// What bytes are off by, counted from the lowest step: the sum of a filter's weights times the zero point.
-std::vector<int32_t> starts_of_bytes(const BlockConvolution& conv, const PackedBlocks& packed, const InputGrid& grid) {
-  const int64_t width = conv.panels * kPanel, quads = in_quads(conv.cin) / kQuad;
-  std::vector<int32_t> sums(conv.over_filters * width);
-  const auto* blocks = static_cast<const int8_t*>(packed.blocks.const_data_ptr());
-  const auto* starts = static_cast<const int32_t*>(packed.starts.const_data_ptr());
-  for (int64_t g = 0; g < conv.over_filters; ++g)
-    for (int64_t b = starts[g]; b < starts[g + 1]; ++b)
-      for (int64_t p = 0; p < conv.panels; ++p) {
-        const int8_t* w = blocks + (b * conv.panels + p) * quads * kPanel * kQuad;
-        int32_t* to = &sums[g * width + p * kPanel];
-        for (int64_t k = 0; k < quads; ++k, w += kPanel * kQuad)
-          for (int64_t o = 0; o < kPanel; ++o)
-            to[o] += w[o * kQuad] + w[o * kQuad + 1] + w[o * kQuad + 2] + w[o * kQuad + 3];
-      }
-  for (int32_t& sum : sums) sum *= static_cast<int32_t>(grid.lowest);
-  return sums;
-}
+// What a pass over the weights tells.
+struct OfBytes {
+  std::vector<int32_t> starts;  // what sums of bytes are off by, counted from the lowest step
+  int32_t most = 0;             // the largest sum of the magnitudes of two neighbours
+
+  OfBytes(const BlockConvolution& conv, const PackedBlocks& packed, const InputGrid& grid)
+      : starts(conv.over_filters * conv.panels * kPanel) {
+    const int64_t width = conv.panels * kPanel, quads = in_quads(conv.cin) / kQuad;
+    const auto* blocks = static_cast<const int8_t*>(packed.blocks.const_data_ptr());
+    const auto* begins = static_cast<const int32_t*>(packed.starts.const_data_ptr());
+    int32_t* const sums = starts.data();
+    int32_t largest[kPanel] = {};
+    for_best_cpu([&]() FXSLIM_INLINE {
+      for (int64_t g = 0; g < conv.over_filters; ++g)
+        for (int64_t panel = begins[g] * conv.panels; panel < begins[g + 1] * conv.panels; ++panel) {
+          const int8_t* w = blocks + panel * quads * kPanel * kQuad;
+          int32_t* to = sums + g * width + panel % conv.panels * kPanel;
+          for (int64_t k = 0; k < quads; ++k, w += kPanel * kQuad)
+            for (int64_t o = 0; o < kPanel; ++o) {
+              const int32_t a = w[o * kQuad], b = w[o * kQuad + 1], c = w[o * kQuad + 2], d = w[o * kQuad + 3];
+              to[o] += a + b + c + d;
+              largest[o] = std::max(largest[o], std::max(std::abs(a) + std::abs(b), std::abs(c) + std::abs(d)));
+            }
+        }
+    });
+    for (int32_t& start : starts) start *= static_cast<int32_t>(grid.lowest);
+    most = *std::max_element(largest, largest + kPanel);
+  }
+};
 
 Tensor block_sparse_conv2d_int8(
     const Tensor& input, const Tensor& scale, int64_t zero_point, int64_t quant_min, int64_t quant_max,
@@ -349,12 +409,15 @@ Tensor block_sparse_conv2d_int8(
         .run();
   };
 #if FXSLIM_X86
-  if (instruction_set() == InstructionSet::avx512vnni) {
-    compute(Avx512Vnni(), starts_of_bytes(conv, packed, grid).data());
-  } else if (instruction_set() == InstructionSet::avx512) {
+  const InstructionSet chosen = instruction_set();
+  if (chosen == InstructionSet::avx512vnni || chosen == InstructionSet::avx2) {
+    const OfBytes weights(conv, packed, grid);
+    const bool in_16_bits = weights.most * (quant_max - quant_min) <= std::numeric_limits<int16_t>::max();
+    if (chosen == InstructionSet::avx512vnni) compute(Avx512Vnni(), weights.starts.data());
+    else if (in_16_bits) compute(Avx2Bytes(), weights.starts.data());
+    else compute(Avx2(), nullptr);
+  } else if (chosen == InstructionSet::avx512) {
     compute(Avx512(), nullptr);
-  } else if (instruction_set() == InstructionSet::avx2) {
-    compute(Avx2(), nullptr);
   } else
 #endif
     compute(Portable(), nullptr);
