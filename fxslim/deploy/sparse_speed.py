@@ -5,7 +5,7 @@ import torch
 
 from fxslim.nn.block_sparse_layers import KERNEL_DTYPES
 
-# Set by the contests of block-sparse convolutions in `python -m benchmarks.kernels.run`.
+# Set by `python -m benchmarks.kernels.block_sparse`, which times layers beside torch's dense ones.
 # Fewer zero blocks than this do not pay, of float weights and of bytes.
 LEAST_ZERO = {torch.float32: 0.15, torch.bfloat16: 0.15, torch.int8: 0.15}
 # Fewer channels than this do not fill the kernel's registers.

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A weight as block-sparse layers keep it: the blocks that are not zero, and where each of them belongs."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +66,16 @@ class PackedBlocks(nn.Module):
     def device(self) -> torch.device:
         """Where the blocks are."""
         return self.blocks.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moved flat: ``model.to(memory_format=torch.channels_last)`` is not for tensors of blocks."""
+
+        def flat(state: Tensor) -> Tensor:
+            row = state.flatten()
+            moved = fn(row)
+            return state if moved is row else moved.reshape(state.shape)
+
+        return super()._apply(flat, recurse)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in floating point; a file of ONNX gets it as a constant."""

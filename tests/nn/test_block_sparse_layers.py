@@ -200,6 +200,20 @@ def test_on_the_meta_device() -> None:
     assert layer(torch.empty(2, 64, 9, 9, device="meta")).shape == (2, 64, 4, 4)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_models_in_channels_last(before: bool) -> None:
+    dense, x = half_zero(nn.Conv2d(64, 64, 3)), torch.randn(1, 64, 8, 8)
+    expected = dense(x)
+    if before:
+        dense.to(memory_format=torch.channels_last)
+    layer = BlockSparseConv2d(dense).to(memory_format=torch.channels_last)
+    assert layer.weight.blocks.is_contiguous()
+    assert_close(layer(x.to(memory_format=torch.channels_last)), expected)
+    # Sharing memory changes the tensors that are there.
+    assert layer.share_memory().weight.blocks.is_shared()
+    assert layer.to_empty(device="meta").weight.blocks.is_meta
+
+
 def test_encoders_of_torch_call_the_layers() -> None:
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()

@@ -134,6 +134,15 @@ def test_copies_pickles_and_states() -> None:
     assert sparse.weight.blocks.dtype == torch.int8
 
 
+def test_models_in_channels_last() -> None:
+    layer, x = int8_conv()
+    sparse = Int8BlockSparseConv2d(layer)
+    with torch.no_grad():
+        y = sparse(x)
+        sparse.to(memory_format=torch.channels_last)
+        assert torch.equal(sparse(x.to(memory_format=torch.channels_last)), y)
+
+
 @pytest.mark.parametrize("config", ["w8", "w16a16", "fp8"])
 def test_what_has_no_bytes_is_refused(config: str) -> None:
     layer = fxslim.quantize(nn.Linear(8, 8), config, data=[torch.randn(2, 8)])
