@@ -58,34 +58,38 @@ def input_scale(layer: Any, name: str = "input", given: ActivationQuantizer | No
 
 
 @torch.no_grad()
-def integer_bias(
-    bias: Tensor | None, scale_of_input: Tensor | None, scale: Tensor | None, norm: nn.Module | None = None
-) -> Tensor | None:
-    """What is added to the sums of a layer, of which a norm behind it has become part; ``scale``: of its weight.
+def integer_bias(bias: Tensor, scale_of_input: Tensor | None, scale: Tensor | None) -> Tensor:
+    """What integer kernels add to sums of products; ``scale``: of the weight.
 
-    Whole steps, with scales that are known; a bias that int32 does not hold stays as it is.
+    A bias that int32 does not hold, or whose step is not known, stays as it is.
     """
-    if norm is None:
-        return bias if bias is None else _in_steps(bias, _step(scale_of_input, scale, None)).to(bias.dtype)
+    return _in_steps(bias, _step(scale_of_input, scale)).to(bias.dtype)
+
+
+@torch.no_grad()
+def folded_bias(
+    bias: Tensor | None, scale_of_input: Tensor | None, scale: Tensor | None, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The same where a norm behind has become part of the layer; and what it is before it is rounded."""
     factor, shift = folded_norm(norm)
-    folded = shift if bias is None else bias.to(factor.dtype) * factor + shift
-    return _in_steps(folded, _step(scale_of_input, scale, factor))
+    exact = shift if bias is None else bias.to(factor.dtype) * factor + shift
+    return _in_steps(exact, _step(scale_of_input, scale, factor)), exact
 
 
 @torch.no_grad()
 def bias_before(
     norm: nn.Module | None, bias: Tensor | None, scale_of_input: Tensor | None, scale: Tensor | None
 ) -> Tensor | None:
-    """What a layer adds whose norm goes on by itself, so that its results are those of ``integer_bias``."""
-    if norm is None or scale_of_input is None or scale is None:
-        return integer_bias(bias, scale_of_input, scale)
-    factor, shift = folded_norm(norm)
-    before = torch.zeros_like(shift) if bias is None else bias.to(factor.dtype)
-    folded = before * factor + shift
-    error = (_in_steps(folded, _step(scale_of_input, scale, factor)).to(folded.dtype) - folded) / factor
+    """What a layer adds whose norm goes on by itself, so that its results are those of ``folded_bias``."""
+    if scale_of_input is None or scale is None or (bias is None and norm is None):
+        return bias
+    if norm is None:
+        return None if bias is None else integer_bias(bias, scale_of_input, scale)
+    rounded, exact = folded_bias(bias, scale_of_input, scale, norm)
+    moved = (rounded.to(exact.dtype) - exact) / folded_norm(norm)[0]
     # Where the norm lets nothing pass, nothing can be said before it.
-    result = before + torch.where(error.isfinite(), error, 0)
-    return result.to(scale.dtype if bias is None else bias.dtype)
+    moved = torch.where(moved.isfinite(), moved, 0)
+    return moved.to(scale.dtype) if bias is None else (bias.to(moved.dtype) + moved).to(bias.dtype)
 
 
 def bias_in_eval(layer: Any, bias: Tensor | None, scale: Tensor | None) -> Tensor | None:
@@ -93,11 +97,12 @@ def bias_in_eval(layer: Any, bias: Tensor | None, scale: Tensor | None) -> Tenso
     norm = norm_behind(layer)
     if scale is None or (norm is None and bias is None):
         return bias
-    if not is_lowering():
-        return as_if(bias, bias_before(norm, bias, input_scale(layer), scale))
-    with without_modes(), telling():
-        twin = real_twin(layer)
-        return bias_before(None if norm is None else real_twin(norm), twin.bias, input_scale(twin), scale)
+    if is_lowering():
+        with without_modes(), telling():
+            twin = real_twin(layer)
+            return bias_before(None if norm is None else real_twin(norm), twin.bias, input_scale(twin), scale)
+    value = bias_before(norm, bias, input_scale(layer), scale)
+    return value if bias is None or value is None or value is bias else straight_through(value, bias)
 
 
 @torch.no_grad()
@@ -108,19 +113,12 @@ def deployed_bias(
     bias = getattr(layer, "bias", None)
     before = input_scale(layer, given=given)
     if norm is not None:
-        return integer_bias(bias, before, scale, norm).to(layer.stored().dtype)
+        return folded_bias(bias, before, scale, norm)[0].to(layer.stored().dtype)
     made = bias_before(norm_behind(layer), bias, before, scale)
     return None if made is None else made.detach().clone()
 
 
-def as_if(bias: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """``value``, whose gradient goes to the bias."""
-    if bias is None or value is None or not (torch.is_grad_enabled() and bias.requires_grad):
-        return value
-    return straight_through(value, bias)
-
-
-def _step(scale_of_input: Tensor | None, scale: Tensor | None, factor: Tensor | None) -> Tensor | None:
+def _step(scale_of_input: Tensor | None, scale: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
     """In the order, and the precision, in which a file's scales are multiplied."""
     if scale_of_input is None or scale is None:
         return None

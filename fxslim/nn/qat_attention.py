@@ -117,7 +117,7 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
     def _projected(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         scales: list[Tensor] | None = [] if self.rounds_biases and self.in_proj_bias is not None else None
         weights: Sequence[Tensor] = [self.computed(name, scales) for name in self.maskable]
-        bias = self.in_proj_bias
+        bias: Tensor | None = self.in_proj_bias
         if scales and len(scales) == len(weights):
             same = [next(number for number, other in enumerate(inputs) if other is x) for x in inputs]
             bias = projection_bias_in_eval(self, scales, same)
@@ -175,9 +175,7 @@ def projection_bias(layer: Any, scales: Sequence[Tensor], same: Sequence[int]) -
     split = scales[0].chunk(3) if len(scales) == 1 and scales[0].numel() > 1 else [*scales] * (3 // len(scales))
     found = []
     for bias, scale, number in zip(layer.in_proj_bias.detach().chunk(3), split, same, strict=True):
-        part = integer_bias(bias, input_scale(layer, layer.input_names[number]), scale)
-        assert part is not None
-        found.append(part)
+        found.append(integer_bias(bias, input_scale(layer, layer.input_names[number]), scale))
     return torch.cat(found)
 
 

@@ -122,7 +122,7 @@ def _check_folding(wanted: bool, freeze_after: int | None, examples: tuple[Input
 def _norms_behind(
     model: nn.Module, flow: Dataflow, kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
 ) -> dict[str, str]:
-    """{layer: the batch norm behind it}; grids of convolutions get two equal sides: a factor may be negative."""
+    """{layer: the batch norm behind it}; grids of their weights get two equal sides: a factor may be negative."""
     found = {}
     for call in flow.recording.calls:
         norm = flow.norm_behind(call) if call.name in kept else None
