@@ -109,12 +109,17 @@ def bias_in_eval(layer: Any, bias: Tensor | None, scale: Tensor | None) -> Tenso
 def deployed_bias(
     layer: Any, scale: Tensor | None, norm: nn.Module | None = None, given: ActivationQuantizer | None = None
 ) -> Tensor | None:
-    """The bias of a layer on its own, or with a norm folded in, that computes what the model does in eval mode."""
+    """The bias of a layer on its own, or with a norm folded in, that computes what the model does in eval mode.
+
+    Of a norm that the layer does not know the model rounds nothing.
+    """
     bias = getattr(layer, "bias", None)
-    before = input_scale(layer, given=given)
-    if norm is not None:
+    before, known = input_scale(layer, given=given), norm_behind(layer)
+    if norm is not None and norm is known:
         return folded_bias(bias, before, scale, norm)[0].to(layer.stored().dtype)
-    made = bias_before(norm_behind(layer), bias, before, scale)
+    made = bias_before(known, bias, before, scale)
+    if norm is not None:
+        return folded_bias(made, None, None, norm)[0].to(layer.stored().dtype)
     return None if made is None else made.detach().clone()
 
 
