@@ -132,11 +132,7 @@ def _norms_behind(
         if isinstance(kept[call.name].module, nn.MultiheadAttention) or not has_statistics(model.get_submodule(norm)):
             continue
         found[call.name] = norm
-        if (
-            _is_convolution(kept[call.name])
-            and config.weight.method in ("arq", "lsq")
-            and config.weight.format == "int"
-        ):
+        if config.weight.method in ("arq", "lsq") and config.weight.format == "int":
             configs[call.name] = replace(config, weight=replace(config.weight, narrow=True))
     return found
 
