@@ -67,13 +67,11 @@ def integer_bias(bias: Tensor, scale_of_input: Tensor | None, scale: Tensor | No
 
 
 @torch.no_grad()
-def folded_bias(
-    bias: Tensor | None, scale_of_input: Tensor | None, scale: Tensor | None, norm: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """The same where a norm behind has become part of the layer; and what it is before it is rounded."""
+def folded_bias(bias: Tensor | None, scale_of_input: Tensor | None, scale: Tensor | None, norm: nn.Module) -> Tensor:
+    """The same where a norm behind has become part of the layer."""
     factor, shift = folded_norm(norm)
-    exact = shift if bias is None else bias.to(factor.dtype) * factor + shift
-    return _in_steps(exact, _step(scale_of_input, scale, factor)), exact
+    exact = shift if bias is None else bias * factor + shift
+    return _in_steps(exact, _step(scale_of_input, scale, factor))
 
 
 @torch.no_grad()
@@ -85,11 +83,12 @@ def bias_before(
         return bias
     if norm is None:
         return None if bias is None else integer_bias(bias, scale_of_input, scale)
-    rounded, exact = folded_bias(bias, scale_of_input, scale, norm)
-    moved = (rounded.to(exact.dtype) - exact) / folded_norm(norm)[0]
+    factor, shift = folded_norm(norm)
+    exact = shift if bias is None else bias * factor + shift
+    moved = (_in_steps(exact, _step(scale_of_input, scale, factor)) - exact) / factor
     # Where the norm lets nothing pass, nothing can be said before it.
-    moved = torch.where(moved.isfinite(), moved, 0)
-    return moved.to(scale.dtype) if bias is None else (bias.to(moved.dtype) + moved).to(bias.dtype)
+    moved = moved.nan_to_num(0.0, 0.0, 0.0)
+    return moved.to(scale.dtype) if bias is None else (bias + moved).to(bias.dtype)
 
 
 def bias_in_eval(layer: Any, bias: Tensor | None, scale: Tensor | None) -> Tensor | None:
@@ -116,10 +115,10 @@ def deployed_bias(
     bias = getattr(layer, "bias", None)
     before, known = input_scale(layer, given=given), norm_behind(layer)
     if norm is not None and norm is known:
-        return folded_bias(bias, before, scale, norm)[0].to(layer.stored().dtype)
+        return folded_bias(bias, before, scale, norm).to(layer.stored().dtype)
     made = bias_before(known, bias, before, scale)
     if norm is not None:
-        return folded_bias(made, None, None, norm)[0].to(layer.stored().dtype)
+        return folded_bias(made, None, None, norm).to(layer.stored().dtype)
     return None if made is None else made.detach().clone()
 
 
