@@ -34,8 +34,6 @@ COLUMNS = (
     ("precise", "precise", ".2f"),
     ("same argmax", "same", ".2f"),
     ("L2", "apart", ".4f"),
-    ("same argmax, float biases", "same, float biases", ".2f"),
-    ("L2, float biases", "apart, float biases", ".4f"),
     ("**L2 to float**", "far from float", ".4f"),
     ("L2 to float, precise", "far from float, precise", ".4f"),
     ("L2 to float, here", "far from float here", ".4f"),
@@ -111,9 +109,8 @@ def head(options: argparse.Namespace) -> list[str]:
     target "onnxruntime", INT8; quantize_static is ONNX Runtime's (QDQ, int8 weights per channel, uint8 activations).
     Accuracy in percent: `simulated`, the model in torch; `exact`, its file, operators one by one in float between Q
     and DQ; `here`, the file as this machine runs it; `precise`, the same with session.x64quantprecision=1.
-    `same argmax` (percent of images) and `L2` (relative, of logits): the exact file beside the simulated model, and
-    a file that differs in its biases alone, which are float there and int32 in the other. `L2 to float`: the exact
-    file's logits beside the float model's."""
+    `same argmax` (percent of images) and `L2` (relative, of logits): the exact file beside the simulated model.
+    `L2 to float`: the exact file's logits beside the float model's."""
     command = f"python -m benchmarks.tasks.exported --nets {' '.join(options.nets)} --seeds {options.seeds}"
     return [
         f"# Files of trained networks, {datetime.date.today()}", "",

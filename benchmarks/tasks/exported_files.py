@@ -22,10 +22,6 @@ from benchmarks.tasks.contest import RECIPES, Contest
 from benchmarks.tasks.training import train
 from fxslim import QuantConfig
 from fxslim.export import export_onnx
-from fxslim.export.model_copies import deployed_copy
-from fxslim.export.onnx_programs import onnx_model, save_onnx
-from fxslim.export.passes import settle
-from fxslim.graph.inputs import as_inputs
 from fxslim.nn import WeightQuant
 
 SIZE = 250
@@ -36,8 +32,7 @@ Runner = Callable[[Tensor], Tensor]
 class Row:
     """A way to a file. ``simulated`` gives the model that is exported; without one the file is ONNX Runtime's.
 
-    ``thorough``: run as this machine runs it, too, and once more with biases in float. ``trains``: it has left the
-    float model's weights.
+    ``thorough``: run as this machine runs it, too. ``trains``: it has left the float model's weights.
     """
 
     name: str
@@ -130,23 +125,16 @@ def measured(row: Row, task: Task, folder: Path) -> dict[str, float]:
                 "far from float here": distance(here, task.wanted),
                 "far from float, precise": distance(precise, task.wanted),
             }
-    return found if model is None else found | _beside_simulated(row, task, model, exact, folder)
+    return found if model is None else found | _beside_simulated(task, model, exact)
 
 
-def _beside_simulated(row: Row, task: Task, model: nn.Module, exact: Tensor, folder: Path) -> dict[str, float]:
+def _beside_simulated(task: Task, model: nn.Module, exact: Tensor) -> dict[str, float]:
     simulated = task.logits(model)
-    found = {
+    return {
         "simulated": task.accuracy(simulated),
         "same": same(exact.argmax(1), simulated.argmax(1)),
         "apart": distance(exact, simulated),
     }
-    if row.thorough:
-        twin = folder / "float_biases.onnx"
-        _write_with_float_biases(model, task.example, twin)
-        unrounded = task.logits(_runner(session(twin, exact=True)))
-        found["same, float biases"] = same(unrounded.argmax(1), simulated.argmax(1))
-        found["apart, float biases"] = distance(unrounded, simulated)
-    return found
 
 
 def same(one: Tensor, other: Tensor) -> float:
@@ -182,10 +170,3 @@ def _write_theirs(task: Task, method: Any, path: Path) -> None:
         prepared, path, Batches([images for images, _ in task.contest.batches], "x"), quant_format=QuantFormat.QDQ,
         per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
     )  # fmt: skip
-
-
-def _write_with_float_biases(model: nn.Module, example: Tensor, path: Path) -> None:
-    """The same file but for its biases: what rounding them to int32 changes."""
-    inputs = as_inputs(example)[0]
-    written = onnx_model(deployed_copy(model, inputs), inputs, None, None, None, None)
-    save_onnx(settle(written, integer_biases=False), path)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import ConfigError
-from fxslim.nn.deployed_layers import DeployedLayer, folded_bias
+from fxslim.nn.bias_grids import folded_bias
+from fxslim.nn.deployed_layers import DeployedLayer
 from fxslim.nn.masked_weights import MaskedWeights
 from fxslim.nn.norm_folding import folded_norm
 from fxslim.nn.packed_blocks import PackedBlocks
@@ -51,12 +52,13 @@ class BlockSparseLayer(nn.Module):
         for name in self.settings:
             setattr(self, name, getattr(layer, name))
         weight = (layer.masked() if isinstance(layer, MaskedWeights) else layer.weight).detach()
-        factor, shift = (None, None) if norm is None else folded_norm(norm)
-        if factor is not None:
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        if norm is not None:
+            factor = folded_norm(norm)[0]
+            bias = folded_bias(bias, None, None, norm).to(weight.dtype)
             weight = (weight * factor.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         self.weight = PackedBlocks(weight, pattern or Block(), num_blocks=num_blocks)
-        bias = None if layer.bias is None else layer.bias.detach()
-        self.register_buffer("bias", folded_bias(bias, factor, shift))
+        self.register_buffer("bias", bias)
         self.has_relu = relu
         # What the log calls it.
         self.layer_name = type(self).__name__

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fxslim.errors import ConfigError, DtypeError, UnsupportedLayerError
+from fxslim.nn.bias_grids import NEIGHBOURS, deployed_bias
 from fxslim.nn.masked_weights import refresh_if_due
 from fxslim.nn.norm_folding import count_batches, folded_norm
 from fxslim.nn.quantizers import ActivationQuantizer, Phased
@@ -19,7 +20,7 @@ from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import layout_of
 
 # Attributes of counterparts that nothing needs any more.
-_OF_COUNTERPARTS = frozenset(("quant_config", "mask_settings", "float_class", "_folded"))
+_OF_COUNTERPARTS = frozenset(("quant_config", "mask_settings", "float_class", "_folded", NEIGHBOURS))
 
 
 class DeployedLayer(nn.Module):
@@ -48,10 +49,10 @@ class DeployedLayer(nn.Module):
         for name in self.settings:
             setattr(self, name, getattr(layer, name))
         self.input_dims = layer.input_dims
-        factor, shift = (None, None) if norm is None else folded_norm(norm)
-        self.weight = SmallWeight.of(layer, "weight", layout_of(layer), factor) if weight is None else weight
-        bias = getattr(layer, "bias", None)
-        self.register_buffer("bias", folded_bias(None if bias is None else bias.detach(), factor, shift))
+        self.weight = SmallWeight.of(layer, "weight", layout_of(layer)) if weight is None else weight
+        self.register_buffer("bias", deployed_bias(layer, self.weight.scale_of_outputs, norm, given))
+        if norm is not None:
+            self.weight.multiply_outputs(folded_norm(norm)[0])
         source = layer.input_quantizer if given is None else given
         self.input_is_given = given is not None
         self.input_grid = None if source is None or source.config.format != "int" else source.config.grid
@@ -99,13 +100,6 @@ def held(quantizer: ActivationQuantizer) -> FixedQuantizer:
     """The grid of a quantizer as it is now, which nothing changes any more."""
     config = quantizer.config
     return FixedQuantizer(*quantizer.grid(), config.grid, config.format)
-
-
-def folded_bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """The bias once a norm is part of the layer."""
-    if factor is None or shift is None:
-        return None if bias is None else bias.clone()
-    return shift.clone() if bias is None else (bias * factor + shift).to(bias.dtype)
 
 
 def keep_from_fusing(layer: nn.Module) -> None:

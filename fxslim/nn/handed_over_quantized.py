@@ -25,8 +25,8 @@ class HandedOverLinearQAT(HandedOver, LinearQAT):
     While its owner runs, what is multiplied with that weight by ``F.linear`` goes through the input's quantizer.
     """
 
-    def computed(self, name: str = "weight") -> Tensor:
-        weight = super().computed(name)
+    def computed(self, name: str = "weight", scales: list[Tensor] | None = None) -> Tensor:
+        weight = super().computed(name, scales)
         shown = self.__dict__.get(_SHOWN)
         if shown is not None:
             shown.append(weight)

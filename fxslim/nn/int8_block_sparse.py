@@ -11,7 +11,6 @@ from fxslim.nn.byte_products import can_run, fits
 from fxslim.nn.deployed_layers import DeployedLayer
 from fxslim.nn.dequantized_layers import DequantizedConv, DequantizedLinear
 from fxslim.nn.image_padding import image_paddings
-from fxslim.nn.norm_folding import folded_norm
 from fxslim.nn.packed_blocks import PackedBlocks
 from fxslim.nn.quantizers import ActivationQuantizer
 from fxslim.nn.small_weights import SmallWeight
@@ -38,8 +37,7 @@ class Int8BlockSparseLayer(DeployedLayer):
         relu: bool = False,
         num_blocks: int | None = None,
     ) -> None:
-        factor = None if norm is None else folded_norm(norm)[0]
-        small = SmallWeight.of(layer, "weight", layout_of(layer), factor)
+        small = SmallWeight.of(layer, "weight", layout_of(layer))
         packed: Any = PackedBlocks.of_bytes(small, pattern or Block(), num_blocks) if small.is_int8 else small
         super().__init__(layer, norm, given, packed)
         if not fits(small, self.input_grid) or getattr(layer, "groups", 1) != 1:

@@ -16,7 +16,7 @@ class MaskedConv1d(MaskedWeights, nn.Conv1d):
     float_class = nn.Conv1d
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.computed(), self.bias)
+        return self._conv_forward(input, *self.terms())
 
 
 class MaskedConv2d(MaskedWeights, nn.Conv2d):
@@ -25,7 +25,7 @@ class MaskedConv2d(MaskedWeights, nn.Conv2d):
     float_class = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.computed(), self.bias)
+        return self._conv_forward(input, *self.terms())
 
 
 class MaskedConv3d(MaskedWeights, nn.Conv3d):
@@ -34,7 +34,7 @@ class MaskedConv3d(MaskedWeights, nn.Conv3d):
     float_class = nn.Conv3d
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.computed(), self.bias)
+        return self._conv_forward(input, *self.terms())
 
 
 class _MaskedTransposed(MaskedWeights):
@@ -49,7 +49,7 @@ class _MaskedTransposed(MaskedWeights):
             input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
         )
         return type(self)._compute(
-            input, self.computed(), layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+            input, *self.terms(), layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )
 
 

@@ -18,4 +18,4 @@ class MaskedLinear(MaskedWeights, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.computed(), self.bias)
+        return F.linear(input, *self.terms())

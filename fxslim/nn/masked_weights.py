@@ -170,6 +170,11 @@ class MaskedWeights(nn.Module):
         """A weight as it goes into the layer's arithmetic: masked, and whatever a subclass does besides."""
         return self.masked(name)
 
+    def terms(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as they go into the layer's arithmetic."""
+        bias: Any = self.bias
+        return self.computed(), bias
+
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         setattr(self, name + _GRADIENT, gradient.detach().clone())
 

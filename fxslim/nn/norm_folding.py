@@ -26,13 +26,23 @@ def folded_scale(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and shift of each channel by which a norm does its work with running statistics."""
+    """Factor and shift of each channel by which a norm does its work with running statistics, in double precision."""
     layer: Any = norm
-    factor = torch.rsqrt(layer.running_var + layer.eps)
+    factor = torch.rsqrt(in_double(layer.running_var) + layer.eps)
     if layer.weight is not None:
         factor = factor * layer.weight
     shift = -layer.running_mean * factor
     return factor.detach(), (shift if layer.bias is None else shift + layer.bias).detach()
+
+
+def in_double(values: Tensor) -> Tensor:
+    """In float64, where the device knows it."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def has_statistics(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm that can become part of the layer before it."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
 
 
 class NormFreezer(Phased):

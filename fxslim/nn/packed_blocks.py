@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from fxslim.errors import ConfigError
 from fxslim.kernels import pack_blocks
 from fxslim.kernels.block_layout import BlockSizes, empty_blocks, unpack_blocks
 from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
@@ -61,6 +62,17 @@ class PackedBlocks(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the values, or of the scales of whole numbers."""
         return self.blocks.dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def scale_of_outputs(self) -> Tensor | None:
+        """Of whole numbers, one each."""
+        return None if self.scale is None else self.scale.flatten()
+
+    def multiply_outputs(self, factors: Tensor) -> None:
+        """Each output times its factor, which becomes part of the scale of whole numbers."""
+        if self.scale is None:
+            raise ConfigError("blocks of floating-point numbers have no scale: multiply the weight before it is packed")
+        self.scale = self.scale * factors.to(self.scale.dtype)[:, None]
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxslim.errors import ConfigError, UnsupportedLayerError
+from fxslim.nn.bias_grids import input_scale, integer_bias
 from fxslim.nn.deployed_layers import DeployedLayer, held, keep_from_fusing
 from fxslim.nn.int8_linear import deployed_linear
 from fxslim.nn.layer_copies import copied_as
@@ -23,6 +24,9 @@ from fxslim.nn.qat_linear import LinearQAT
 from fxslim.nn.quant_config import QuantConfig
 from fxslim.nn.quantized_layers import QuantizedLayer
 from fxslim.nn.quantizers import ActivationQuantizer
+from fxslim.nn.quantizers.gradient_routes import straight_through
+from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
+from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.nn.small_weights import SmallWeight
 from fxslim.patterns.weight_layout import WeightLayout
 
@@ -111,13 +115,17 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         return [shown for _, shown in done]
 
     def _projected(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        if self.in_proj_weight is not None and inputs[0] is inputs[1] is inputs[2]:
-            return F.linear(inputs[0], self.computed("in_proj_weight"), self.in_proj_bias).chunk(3, -1)
-        if self.in_proj_weight is not None:
-            weights = self.computed("in_proj_weight").chunk(3)
-        else:
-            weights = tuple(self.computed(name) for name in self.maskable)
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        scales: list[Tensor] | None = [] if self.rounds_biases and self.in_proj_bias is not None else None
+        weights: Sequence[Tensor] = [self.computed(name, scales) for name in self.maskable]
+        bias: Tensor | None = self.in_proj_bias
+        if scales and len(scales) == len(weights):
+            same = [next(number for number, other in enumerate(inputs) if other is x) for x in inputs]
+            bias = projection_bias_in_eval(self, scales, same)
+        if len(weights) == 1 and inputs[0] is inputs[1] is inputs[2]:
+            return F.linear(inputs[0], weights[0], bias).chunk(3, -1)
+        if len(weights) == 1:
+            weights = weights[0].chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
     def _heads(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -159,6 +167,26 @@ class MultiheadAttentionQAT(QuantizedLayer, MaskedMultiheadAttention):
         return weights @ v, weights
 
 
+def projection_bias(layer: Any, scales: Sequence[Tensor], same: Sequence[int]) -> Tensor:
+    """The bias of all three projections as integer kernels add it.
+
+    ``scales``: of the weights, in one or in three; ``same``: which of query, key and value first is the same tensor.
+    """
+    split = scales[0].chunk(3) if len(scales) == 1 and scales[0].numel() > 1 else [*scales] * (3 // len(scales))
+    found = []
+    for bias, scale, number in zip(layer.in_proj_bias.detach().chunk(3), split, same, strict=True):
+        found.append(integer_bias(bias, input_scale(layer, layer.input_names[number]), scale))
+    return torch.cat(found)
+
+
+def projection_bias_in_eval(layer: MultiheadAttentionQAT, scales: Sequence[Tensor], same: Sequence[int]) -> Tensor:
+    """The same, with the gradient of the bias."""
+    if is_lowering():
+        with without_modes(), telling():
+            return projection_bias(real_twin(layer), scales, same)
+    return straight_through(projection_bias(layer, scales, same), layer.in_proj_bias)
+
+
 class DeployedAttention(nn.Module):
     """``nn.MultiheadAttention`` whose projections are deployed linear layers: in integers where torch has kernels."""
 
@@ -174,7 +202,7 @@ class DeployedAttention(nn.Module):
             self.register_buffer(name, None if value is None else value.detach().clone())
         weights = [SmallWeight.of(layer, name, WeightLayout()) for name in layer.maskable]
         weights = weights[0].split(3) if len(weights) == 1 else weights
-        biases = [None] * 3 if layer.in_proj_bias is None else [b.clone() for b in layer.in_proj_bias.detach().chunk(3)]
+        biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
         for name, weight, bias, source in zip("qkv", weights, biases, layer.input_names, strict=True):
             part = SimpleNamespace(
                 in_features=weight.row_shape[1], out_features=weight.row_shape[0], input_dims=None, bias=bias,

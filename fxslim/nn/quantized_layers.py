@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError, ConfigError, DtypeError, UnsupportedLayerError
+from fxslim.nn.bias_grids import bias_in_eval, forget_neighbours, has_integers, remember_neighbours
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
 from fxslim.nn.norm_folding import folded_scale
@@ -123,27 +124,51 @@ class QuantizedLayer(MaskedWeights):
         """Those that the layer has, by attribute."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Phased)}
 
-    def computed(self, name: str = "weight") -> Tensor:
+    def computed(self, name: str = "weight", scales: list[Tensor] | None = None) -> Tensor:
+        """``scales`` gets those of the result, where it is on a grid."""
         quantizer = self._modules.get(name + _SUFFIX)
         if isinstance(quantizer, StoredWeight):
             return quantizer()
         if quantizer is not None and is_lowering():
             with without_modes(), telling():
                 kept = stored_weight(self, name)
+            if kept is not None and scales is not None and kept.scale_of_outputs is not None:
+                scales.append(kept.scale_of_outputs)
             return self.masked(name) if kept is None else kept()
         weight = self.masked(name)
         if quantizer is None:
             return weight
         folded = self.__dict__.get("_folded")
-        result = quantizer(weight) if folded is None else quantizer(weight, folded_scale(folded[0]))
+        given = () if folded is None else (folded_scale(folded[0]),)
+        result = quantizer(weight, *given) if scales is None else quantizer(weight, *given, scales=scales)
         if result is not weight:
             note_made(self, name, result)
         return result
+
+    def terms(self) -> tuple[Tensor, Tensor | None]:
+        if not self.rounds_biases:
+            return super().terms()
+        scales: list[Tensor] = []
+        weight = self.computed(scales=scales)
+        bias: Any = self.bias
+        return weight, bias_in_eval(self, bias, scales[0] if scales else None)
+
+    @property
+    def rounds_biases(self) -> bool:
+        """Whether biases are those that integer kernels add; in training they are as they are."""
+        return not self.training and has_integers(self.quant_config.weight)
 
     def fold(self, norm: nn.Module) -> None:
         """Quantize the weight as it will be when this batch norm is folded into it; the norm stays where it is."""
         # In a tuple, so that it is no submodule.
         self._folded = (norm,)
+
+    def stand_between(self, norm: nn.Module | None, source: nn.Module | None) -> None:
+        """Know the batch norm behind the layer that deployment folds in, and the quantizer that the input comes from.
+
+        Both decide the steps of the sums, of which the bias is a whole number in eval mode.
+        """
+        remember_neighbours(self, norm, source)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's, between the quantizers."""
@@ -263,6 +288,7 @@ def strip_quantizers(layer: nn.Module) -> None:
         layer.__dict__.pop(name, None)
     layer.__dict__.pop("quant_config", None)
     layer.__dict__.pop("_folded", None)
+    forget_neighbours(layer)
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is refresh_if_due]:
         del hooks[key]

@@ -32,10 +32,7 @@ def storage_of(config: WeightQuant | None) -> str:
 
 
 class SmallWeight(nn.Module):
-    """``values`` in rows of outputs, and ``scale`` (outputs, groups of inputs); the weight is their product.
-
-    A ``factor`` with which a norm behind the layer multiplies each output becomes part of the scale.
-    """
+    """``values`` in rows of outputs, and ``scale`` (outputs, groups of inputs); the weight is their product."""
 
     values: Tensor
     scale: Tensor
@@ -47,7 +44,7 @@ class SmallWeight(nn.Module):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def of(cls, layer: Any, name: str, layout: WeightLayout, factor: Tensor | None = None) -> Self:
+    def of(cls, layer: Any, name: str, layout: WeightLayout) -> Self:
         """A counterpart's weight, masked and on its grid."""
         quantizer = layer._modules.get(f"{name}_quantizer")
         weight = layer.masked(name).detach()
@@ -55,9 +52,16 @@ class SmallWeight(nn.Module):
         scale = rows.new_ones(rows.shape[0], 1, dtype=torch.promote_types(weight.dtype, torch.float32))
         if quantizer is not None:
             rows, scale = _on_grid(layer, quantizer, weight)
-        if factor is not None:
-            scale = scale * factor.to(scale.dtype)[:, None]
         return cls(rows, scale, storage_of(None if quantizer is None else quantizer.config), layout)
+
+    @property
+    def scale_of_outputs(self) -> Tensor | None:
+        """One each; None where numbers of 8 bits are not what is multiplied, or an output has several."""
+        return self.scale.flatten() if self.is_int8 else None
+
+    def multiply_outputs(self, factors: Tensor) -> None:
+        """Each output times its factor, which becomes part of the scale."""
+        self.scale = self.scale * factors.to(self.scale.dtype)[:, None]
 
     def split(self, parts: int) -> list[Self]:
         """Equal parts of the outputs."""

@@ -26,10 +26,10 @@ class _Demand:
 class Placement:
     """``inputs``: of layers, {layer: places}; ``outputs``: modules. In both, True where no value is below 0.
 
-    ``given``: layers whose input comes quantized.
+    ``given``: layers whose input comes quantized, {layer: the module whose output it is}; None where there are several.
     """
 
-    given: frozenset[str]
+    given: dict[str, str | None]
     inputs: dict[str, dict[int, bool]]
     outputs: dict[str, bool]
     notes: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def _demand_of_residuals(flow: Dataflow, demands: dict[fx.Node, _Demand], made: 
 
 
 def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
-    given: set[str] = set()
+    given: dict[str, str | None] = {}
     inputs: dict[str, dict[int, bool]] = {}
     outputs: dict[str, bool] = {}
     notes = []
@@ -95,7 +95,8 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
         giver = flow.givers.get(node)
         if giver is not None and (wanted.operators or len({layer for layer, _ in readers}) > 1):
             outputs[giver.name] = above
-            given |= {layer for layer, _ in readers}
+            for layer, _ in readers:
+                given[layer] = giver.name if given.get(layer, giver.name) == giver.name else None
             continue
         for layer, number in readers:
             inputs.setdefault(layer, {})[number] = above
@@ -106,5 +107,5 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
                 f"a {operator_of(node) or 'tensor'} in {where} stays in float for {what}: no module that is called "
                 "once gives it; make it the result of a module of its own"
             )
-    unique = tuple(dict.fromkeys(notes))
-    return Placement(given=frozenset(given - inputs.keys()), inputs=inputs, outputs=outputs, notes=unique)
+    alone = {layer: giver for layer, giver in given.items() if layer not in inputs}
+    return Placement(given=alone, inputs=inputs, outputs=outputs, notes=tuple(dict.fromkeys(notes)))

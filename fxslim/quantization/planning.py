@@ -15,6 +15,7 @@ from fxslim.graph.recording import named_states, record
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.weight_users import find_users
 from fxslim.nn import ActivationQuant, QuantConfig
+from fxslim.nn.norm_folding import has_statistics
 from fxslim.quantization.dataflow import Dataflow
 from fxslim.quantization.layer_configs import LayerConfigs, refuse
 from fxslim.quantization.placement import Placement, place
@@ -76,7 +77,7 @@ def _planned(
         raise ConfigError("no layer is left to quantize" + "".join(f"\n  {note}" for note in notes))
     # Norms that are not folded now will be in deployment.
     norms = _norms_behind(model, flows[0], kept, configs) if flows else {}
-    folds = norms if fold else {}
+    folds = {name: norm for name, norm in norms.items() if fold and _is_convolution(kept[name])}
     placed = _Placed(kept, {name: configs[name] for name in kept})
     if flows and placed.general is not None:
         unasked = {name: own.activation is None for name, own in placed.configs.items()}
@@ -90,6 +91,8 @@ def _planned(
         shapes={name: tuple(state.shape) for name, state in named_states(model)},
         target=wishes.target.name,
         folds=folds,
+        norms=norms,
+        sources={name: giver for name, giver in placed.given.items() if giver is not None},
         freeze_after=freeze_after,
         start_step=max(own.start_step for own in placed.configs.values()),
         notes=(*notes, *placed.notes),
@@ -119,21 +122,23 @@ def _check_folding(wanted: bool, freeze_after: int | None, examples: tuple[Input
 def _norms_behind(
     model: nn.Module, flow: Dataflow, kept: Mapping[str, QuantizableLayer], configs: dict[str, QuantConfig]
 ) -> dict[str, str]:
-    """{convolution: the batch norm behind it}; grids of their weights get two equal sides: a factor may be negative."""
+    """{layer: the batch norm behind it}; grids of their weights get two equal sides: a factor may be negative."""
     found = {}
     for call in flow.recording.calls:
         norm = flow.norm_behind(call) if call.name in kept else None
         config = configs.get(call.name)
         if norm is None or config is None or config.weight is None:
             continue
-        if (
-            isinstance(kept[call.name].module, nn.modules.conv._ConvNd)
-            and model.get_submodule(norm).track_running_stats
-        ):
-            found[call.name] = norm
-            if config.weight.method in ("arq", "lsq") and config.weight.format == "int":
-                configs[call.name] = replace(config, weight=replace(config.weight, narrow=True))
+        if isinstance(kept[call.name].module, nn.MultiheadAttention) or not has_statistics(model.get_submodule(norm)):
+            continue
+        found[call.name] = norm
+        if config.weight.method in ("arq", "lsq") and config.weight.format == "int":
+            configs[call.name] = replace(config, weight=replace(config.weight, narrow=True))
     return found
+
+
+def _is_convolution(layer: QuantizableLayer) -> bool:
+    return isinstance(layer.module, nn.modules.conv._ConvNd)
 
 
 def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:
@@ -185,14 +190,14 @@ class _Placed:
 
     def __post_init__(self) -> None:
         self.outputs: dict[str, ActivationQuant] = {}
-        self.given: set[str] = set()
+        self.given: dict[str, str | None] = {}
         self.notes: tuple[str, ...] = ()
         # What tensors that no layer of its own quantizes get.
         self.general = next((c.activation for c in self.configs.values() if c.activation is not None), None)
 
     def take(self, placement: Placement) -> None:
         """Layers whose input comes quantized do not quantize it again; outputs of layers are their own."""
-        self.given = set(placement.given)
+        self.given = dict(placement.given)
         for name, config in self.configs.items():
             if config.activation is None or self.layers[name].user is not None:
                 continue

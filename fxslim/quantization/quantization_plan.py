@@ -20,7 +20,13 @@ from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.nn import ActivationQuant, QuantConfig
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
 from fxslim.plan.file_writing import write_file
-from fxslim.quantization.quantized_models import add_to_optimizer, fold_norms, quantize_layers, quantize_outputs
+from fxslim.quantization.quantized_models import (
+    add_to_optimizer,
+    fold_norms,
+    introduce_neighbours,
+    quantize_layers,
+    quantize_outputs,
+)
 from fxslim.quantization.targets import as_target
 from fxslim.quantization.trial import try_quantized
 
@@ -53,6 +59,10 @@ class QuantizationPlan:
     # Batch norms that are folded into the convolution before, {convolution: norm}, and when they freeze.
     folds: Mapping[str, str] = field(default_factory=dict)
     freeze_after: int | None = None
+    # Batch norms that deployment folds into the layer before, {layer: norm}, and the modules from whose output other
+    # layers get their input on a grid, {layer: module}: both decide the steps of the sums that biases are added to.
+    norms: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -85,8 +95,12 @@ class QuantizationPlan:
             layers = [replace(one, name=module_in(model, one.name), user=_in(model, one.user)) for one in self.layers]
             quantize_layers(model, layers, changes)
             quantize_outputs(model, {module_in(model, k): v for k, v in self.outputs.items()}, self.start_step, changes)
-            folds = {module_in(model, k): module_in(model, v) for k, v in self.folds.items()}
+            folds, norms, sources = (
+                {module_in(model, k): module_in(model, v) for k, v in pairs.items()}
+                for pairs in (self.folds, self.norms, self.sources)
+            )
             fold_norms(model, folds, self.freeze_after, changes)
+            introduce_neighbours(model, norms, sources)
             if values:
                 try_quantized(model, self.inputs)
         added = [parameter for parameter in model.parameters() if id(parameter) not in before]
@@ -111,6 +125,8 @@ class QuantizationPlan:
             "target": self.target,
             "start_step": self.start_step,
             "folds": dict(self.folds),
+            "norms": dict(self.norms),
+            "sources": dict(self.sources),
             "freeze_after": self.freeze_after,
             "notes": list(self.notes),
         }
@@ -144,6 +160,8 @@ class QuantizationPlan:
                 target=as_target(data["target"]).name,
                 start_step=int(data["start_step"]),
                 folds={str(conv): str(norm) for conv, norm in data.get("folds", {}).items()},
+                norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
+                sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
                 freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
                 notes=tuple(map(str, data["notes"])),
             )

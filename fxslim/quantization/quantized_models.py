@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from fxslim.errors import PlanError
 from fxslim.graph.surgery.changes import Changes
-from fxslim.nn import ActivationQuant, HandedOverLinearQAT, QuantizedLayer
+from fxslim.nn import ActivationQuant, HandedOverLinearQAT, MultiheadAttentionQAT, QuantizedLayer
 from fxslim.nn.handed_over_quantized import quantize_inputs_within
 from fxslim.nn.norm_folding import freeze_later
-from fxslim.nn.placed_quantizers import place_output_quantizer
+from fxslim.nn.placed_quantizers import OUTPUT_QUANTIZER, place_output_quantizer
 from fxslim.nn.quantizers import Phased
 from fxslim.quantization.quantizable_layers import COUNTERPARTS
 
@@ -67,6 +67,21 @@ def fold_norms(model: nn.Module, folds: Mapping[str, str], freeze_after: int | N
         if freeze_after is not None:
             remember_states(norm, changes)
             freeze_later(norm, freeze_after)
+
+
+def introduce_neighbours(model: nn.Module, norms: Mapping[str, str], sources: Mapping[str, str]) -> None:
+    """Layers get to know the norms behind them, and the quantizers of other modules that their input comes from."""
+    for name in dict.fromkeys((*norms, *sources)):
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantizedLayer):
+            norm = model.get_submodule(norms[name]) if name in norms else None
+            layer.stand_between(norm, _quantizer_of(model.get_submodule(sources[name])) if name in sources else None)
+
+
+def _quantizer_of(giver: nn.Module) -> nn.Module | None:
+    """Of what a module gives; that of attention belongs to its last projection."""
+    last = giver.out_proj if isinstance(giver, MultiheadAttentionQAT) else giver
+    return last._modules.get(OUTPUT_QUANTIZER)
 
 
 def remember_states(module: nn.Module, changes: Changes) -> None:

@@ -18,12 +18,19 @@ TOLERANCE = 2e-4
 
 
 def steep() -> tuple[nn.Module, torch.Tensor]:
-    """One product a sum: a step of a bias is a hundredth of an output step, so that many outputs turn over."""
+    """One product a sum: a step of a bias is a hundredth of an output step, so that many outputs turn over.
+
+    Without example inputs only the export learns of the norm, which it makes part of the bias.
+    """
     generator = torch.Generator().manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(1, 64)), torch.rand(512, 1, generator=generator) * 2 - 1
-    nn.init.uniform_(model[0].weight, -1, 1, generator)
-    nn.init.uniform_(model[0].bias, -1, 1, generator)
-    return fxslim.quantize(model, "int8", data=[x], example_inputs=x), x
+    x = torch.rand(512, 1, 1, 1, generator=generator) * 2 - 1
+    norm = nn.BatchNorm2d(64)
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 64, 1, bias=False), norm, nn.Conv2d(64, 64, 1, groups=64), nn.Flatten()
+    )
+    for values in (model[0].weight, model[2].weight, norm.bias):
+        nn.init.uniform_(values, -1, 1, generator)
+    return fxslim.quantize(model.eval(), "int8", data=[x], forward=lambda net, batch: net(batch)), x
 
 
 def test_rounded_biases_are_no_disagreement(tmp_path: Path) -> None:

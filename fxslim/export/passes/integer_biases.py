@@ -5,6 +5,7 @@ the weight.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from fxslim.export.passes.graph_edits import GraphEdit, array_of
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LARGEST = 2**31 - 1
+_log = logging.getLogger(__name__)
 
 
 def store_biases_as_integers(model: ir.Model) -> bool:
-    """Whether anything changed. A bias moves by up to half of ``s_x * s_w``, of which an output step is many.
+    """Whether anything changed. Biases that models add in eval mode are whole steps already, and stay what they are.
 
-    It is the fewer, the fewer products are summed, as in depthwise layers; a value next to a bound between two steps
-    then falls to the other side, and deep networks amplify that.
+    Others move by up to half of ``s_x * s_w``: of norms that only the export finds, and in files of others. A value
+    next to a bound between two steps then falls to the other side, and deep networks amplify that.
 
     A layer whose bias and products together could pass int32 keeps its float bias, and with it float arithmetic.
     """
@@ -48,6 +50,10 @@ def _store(edit: GraphEdit, node: ir.Node) -> None:
     with np.errstate(all="ignore"):
         stored = np.rint(bias.reshape(-1).astype(np.float64) / step.astype(np.float64))
     if not _fits(stored, integers, channels, grid.bounds, grid.zero_point) or not (step > 0).all():
+        _log.warning(
+            "%s keeps its bias in float, and runs in float: int32 does not hold it in steps of %.3g, the scale of the "
+            "input times that of its weight", node.name, step.min(),
+        )  # fmt: skip
         return
     stem = f"{_stem(node)}_q"
     zero = np.zeros(step.shape if scale.size != 1 else (), dtype=np.int32)

@@ -81,6 +81,12 @@ class ActivationQuantizer(Phased):
         """Whether there is a range."""
         return self.read_phase()[0] >= self.batches_needed
 
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether what it gives in eval mode is on a grid."""
+        seen, enabled, observing = self.read_phase()
+        return bool(enabled) and seen >= self.batches_needed and not (self._collecting and observing)
+
     def forward(self, x: Tensor) -> Tensor:
         """x as it will be after quantization; unchanged before there is a range, and where it is switched off."""
         seen, enabled, observing = self.read_phase()

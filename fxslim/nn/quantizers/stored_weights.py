@@ -85,7 +85,13 @@ class StoredWeight(nn.Module):
         most = (1 << (self.bits - 1)) - 1 if self.bits > 1 else 1
         turned = torch.where(sign < 0, -self.integers.clamp(min=-most), self.integers)
         self.integers = torch.where(sign == 0, 0, turned).to(torch.int8)
-        self.scale = torch.where(factors == 0, 1, self.scale * factors.abs())
+        # A scale of 0 is none. Biases of such an output are whole steps of it, too: the finer, the better.
+        self.scale = torch.where(factors == 0, self.scale, self.scale * factors.abs())
+
+    @property
+    def scale_of_outputs(self) -> Tensor | None:
+        """One each, or one for all; None where the weight is in float, or its outputs have several."""
+        return None if self.is_grouped else self.scale
 
     def forward(self, weight: Tensor | None = None, folded: Tensor | None = None) -> Tensor:
         """The weight."""

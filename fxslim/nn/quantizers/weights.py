@@ -43,10 +43,11 @@ class WeightQuantizer(Phased):
             )
         return (rows.shape[0] * (rows.shape[1] // size),)
 
-    def forward(self, weight: Tensor, folded: Tensor | None = None) -> Tensor:
+    def forward(self, weight: Tensor, folded: Tensor | None = None, scales: list[Tensor] | None = None) -> Tensor:
         """The weight as it will be after quantization, straight through for gradients.
 
         ``folded``: what each output channel will be multiplied with before; the result is divided by it again.
+        ``scales`` gets those of the result, where it is on a grid.
         """
         scale = self.folding_factor(folded, weight)
         given = weight if scale is None else weight * scale
@@ -54,8 +55,16 @@ class WeightQuantizer(Phased):
         if not self._is_on():
             return weight
         self.look_at(given)
-        result = self._by_rows(given, self.quantized)
+        if scales is None:
+            result = self._by_rows(given, self.quantized)
+        else:
+            result, found = self.with_scales(given)
+            scales.append(found if folded is None or scale is None else found / folded.abs())
         return result if scale is None else result / scale
+
+    def with_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight on its grid, and the scales, which carry no gradient."""
+        return self._by_rows(weight, self.quantized), self.grid_of(weight)[0].detach()
 
     def folding_factor(self, folded: Tensor | None, weight: Tensor) -> Tensor | None:
         """What the weight is multiplied with before it is quantized, in its own layout; None: nothing need be."""
@@ -68,7 +77,8 @@ class WeightQuantizer(Phased):
         given = weight.detach() if scale is None else weight.detach() * scale
         self.start_if_due(given)
         self.look_at(given)
-        return self._by_rows(given, self.quantized), self.grid_of(given)[0] if self.config.format == "int" else None
+        values, scale = self.with_scales(given)
+        return values, scale if self.config.format == "int" else None
 
     @property
     def minds_no_folding(self) -> bool:
@@ -172,10 +182,23 @@ class ArqWeights(WeightQuantizer):
         """Its scales will tell."""
 
     def quantized(self, rows: Tensor, axis: int | None) -> Tensor:
+        return self._checked(rows, axis)[0]
+
+    def with_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
+
+        def look(rows: Tensor, axis: int | None) -> Tensor:
+            y, scale = self._checked(rows, axis)
+            found.append(scale)
+            return y
+
+        return self._by_rows(weight, look), found[0].detach()
+
+    def _checked(self, rows: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         y, _, _, scale, _ = self._covered(rows, axis)
         if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_finite(scale):
             self.check_finite(rows)
-        return y
+        return y, scale
 
     def _covered(self, rows: Tensor, axis: int | None) -> tuple[Tensor, ...]:
         # The operator itself: what its wrapper checks was checked with the config. Ranges from before are forgotten.
