@@ -92,7 +92,9 @@ def unpack_blocks(blocks: Tensor, places: Tensor, starts: Tensor, sizes: BlockSi
         blocks = blocks.transpose(3, 4).flatten(2, 3)[:, :, : sizes.cin]
     whole = blocks.new_zeros(sizes.over_filters, sizes.over_channels, sizes.positions, *blocks.shape[1:])
     counts = starts.diff()
-    groups = torch.repeat_interleave(torch.arange(len(counts), device=blocks.device), counts.long())
+    # Told how many there are, compilers need no values to know it.
+    numbers = torch.arange(len(counts), device=blocks.device)
+    groups = torch.repeat_interleave(numbers, counts.long(), output_size=len(blocks))
     whole[groups, places[:, 0].long(), places[:, 1].long()] = blocks
     # (filters, channels, positions, panels, cin, 16) to (filters, panels, 16, channels, cin, positions)
     rows = whole.permute(0, 3, 5, 1, 4, 2).flatten(1, 2)[:, : sizes.cout].flatten(0, 1)
