@@ -36,9 +36,10 @@ def check_convolution(
     dilation: Sequence[int],
 ) -> None:  # fmt: skip
     """Raise for what no convolution takes."""
-    if input.dim() != 4 or input.shape[3] != num_in:
+    if num_in < 1 or input.dim() != 4 or input.shape[3] != num_in:
         raise ConfigError(
-            f"input has shape {tuple(input.shape)}: it must be (batch, height, width, channels), of {num_in} channels"
+            f"input has shape {tuple(input.shape)}: it must be (batch, height, width, channels), of num_in={num_in} "
+            "channels, at least 1"
         )
     for name, values, count, least in (
         ("kernel_size", kernel_size, 2, 1),
