@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxslim.kernels.block_layout import pack_blocks
+from fxslim.kernels.block_layout import BlockSizes, pack_blocks, unpack_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +118,13 @@ def allowed_error(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     factor of 1 +- u each. Tensor cores cut where others round, which doubles u.
     """
     plain, dtype = Case(**{**vars(case), "relu": False}), x.dtype
-    sizes = convolved(plain, x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    exact = [None if t is None else t.double() for t in (x, weight, bias)]
+    sizes = convolved(plain, *(None if t is None else t.abs() for t in exact))
     rounded, unit = weight[0].numel() + 2, 2.0 ** (-24 if dtype == torch.float32 else -23)
     bound = sizes * (rounded * unit / (1 - rounded * unit)) + rounded * torch.finfo(torch.float32).tiny
-    return bound + (0 if dtype == torch.float32 else sizes * torch.finfo(dtype).eps + torch.finfo(dtype).tiny)
+    if dtype == torch.float32:
+        return bound
+    return bound + torch.finfo(dtype).eps * (convolved(plain, *exact).abs() + bound) + torch.finfo(dtype).tiny
 
 
 def image_of(x: Tensor) -> Tensor:
@@ -151,11 +154,12 @@ def float_samples(x: Tensor) -> Iterator[tuple]:
 
 
 def float_bound(arguments: tuple) -> Tensor:
-    """Of the difference of two right results; blocks that are gone only make it smaller."""
-    x, bias = arguments[0], arguments[4]
+    """Of the difference of two right results."""
+    x, *packed, bias = arguments[:5]
     case = next(case for case in CASES if case.numbers() == arguments[5:])
-    dense = Case(**{**vars(case), "ratio": 0.0})
-    return 2 * allowed_error(dense, x, dense.weight(x.shape[3]).to(x), bias)
+    shape = (case.num_out, x.shape[3], *case.kernel_size)
+    weight = unpack_blocks(*packed, BlockSizes.of(shape, packed[0].shape[2], case.cout)).reshape(shape)
+    return 2 * allowed_error(case, x, weight, bias)
 
 
 # Quantized to bytes of any kind: (zero point, lowest, highest).

@@ -56,10 +56,14 @@ def int8_result(case: Case, x: Tensor, arguments: tuple) -> Tensor:
     return kernels.block_sparse_conv2d_int8(*arguments, num_in=x.shape[3], cin=case.cin, **case.settings)
 
 
-@given(drawn=cases(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_equals_conv2d(drawn: tuple[Case, Tensor], layout: str, dtype: torch.dtype, device) -> None:
+# What the kernels take.
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float16]}
+
+
+@given(drawn=cases(), layout=st.sampled_from(LAYOUTS), data=st.data())
+def test_equals_conv2d(drawn: tuple[Case, Tensor], layout: str, data: st.DataObject, device) -> None:
     case, x = drawn
-    x = lay_out(x.to(device, torch.float32 if device.type == "cpu" else dtype), layout)
+    x = lay_out(x.to(device, data.draw(st.sampled_from(DTYPES[device.type]))), layout)
     assert_right(case, x.cpu(), float_result(case, x).cpu())
 
 
@@ -129,7 +133,10 @@ def test_nan_and_infinity_go_where_stored_blocks_read_them(drawn: tuple[Case, Te
     plain = Case(**{**vars(case), "relu": False})
     num_in = x.shape[3]
     above, below = ((x == torch.inf).double(), (x == -torch.inf).double())
-    reads = lambda where, sign: convolved(plain, where, stored(case, num_in, sign), None) > 0.5  # noqa: E731
+
+    def reads(where: Tensor, sign: int) -> Tensor:
+        return convolved(plain, where, stored(case, num_in, sign), None) > 0.5
+
     up, down = reads(above, 1) | reads(below, -1), reads(above, -1) | reads(below, 1)
     is_nan = reads(x.isnan().double(), 0) | (up & down)
     got = float_result(case, x)
