@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxslim.errors import ConfigError, DtypeError
-from fxslim.kernels.block_layout import PANEL, BlockSizes, unpack_blocks
+from fxslim.errors import DtypeError
+from fxslim.kernels.arguments import check_input
+from fxslim.kernels.block_arguments import check_blocks, check_convolution, output_shape
+from fxslim.kernels.block_layout import BlockSizes, unpack_blocks
 
 torch.library.define(
     "fxslim::block_sparse_conv2d",
@@ -34,9 +36,9 @@ def _reference(
     sizes = BlockSizes.of((num_out, input.shape[3], *kernel_size), blocks.shape[2], cout)
     weight = unpack_blocks(blocks, places, starts, sizes).reshape(num_out, input.shape[3], *kernel_size)
     top, left, bottom, right = padding
-    # Negative numbers would crop.
     x = F.pad(input.permute(0, 3, 1, 2), (left, right, top, bottom))
-    output = F.conv2d(x, weight, bias, stride, 0, dilation)
+    with torch.autocast(input.device.type, enabled=False):
+        output = F.conv2d(x, weight, bias, stride, 0, dilation)
     if relu:
         output = output.relu_()
     # No view: what is added to it in place may carry a gradient.
@@ -46,52 +48,18 @@ def _reference(
 torch.library.impl("fxslim::block_sparse_conv2d", "default", _reference)
 
 
-def output_shape(
-    shape: Sequence[int],
-    num_out: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """Of an input (batch, height, width, channels)."""
-    top, left, bottom, right = padding
-    return [
-        shape[0],
-        (shape[1] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1,
-        (shape[2] + left + right - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1,
-        num_out,
-    ]
-
-
 @torch.library.register_fake("fxslim::block_sparse_conv2d")
 def _fake(input, blocks, places, starts, bias, num_out, cout, kernel_size, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
     return input.new_empty(output_shape(input.shape, num_out, kernel_size, stride, padding, dilation))
 
 
-def check_convolution(
-    input: Tensor, num_in: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> None:  # fmt: skip
-    """Raise for what no convolution takes."""
-    if input.dim() != 4 or input.shape[3] != num_in:
-        raise ConfigError(
-            f"input has shape {tuple(input.shape)}: it must be (batch, height, width, channels), of {num_in} channels"
-        )
-    for name, values, count, least in (
-        ("kernel_size", kernel_size, 2, 1),
-        ("stride", stride, 2, 1),
-        ("dilation", dilation, 2, 1),
-        ("padding", padding, 4, 0),
-    ):
-        if len(values) != count or any(value < least for value in values):
-            raise ConfigError(f"{name}={list(values)} must be {count} integers >= {least}")
-    given = output_shape(input.shape, 1, kernel_size, stride, padding, dilation)
-    if given[1] < 1 or given[2] < 1:
-        raise ConfigError(
-            f"an input of {input.shape[1]}x{input.shape[2]}, padded by {list(padding)}, is smaller than the kernel "
-            f"{list(kernel_size)} with dilation {list(dilation)}"
-        )
+# What kernels take, by device; on others the dispatcher finds the reference.
+_KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+
+
+def _has_kernel(input: Tensor) -> bool:
+    """Whether the operator computes with such inputs; the reference takes the others."""
+    return input.dtype in _KERNEL_DTYPES.get(input.device.type, (input.dtype,))
 
 
 def block_sparse_conv2d(
@@ -112,37 +80,23 @@ def block_sparse_conv2d(
 ) -> Tensor:
     """Convolve (batch, height, width, channels) with the blocks of ``pack_blocks``; the result is laid out alike.
 
-    ``padding`` is that above, left, below and right. ``relu`` clamps at 0 what is returned. It carries no gradient.
-    Native where everything is float32 (on CUDA bfloat16); elsewhere the weight is put together and convolved with.
+    ``padding`` is that above, left, below and right. ``relu`` clamps at 0 what is returned. It carries no gradient, and
+    autocast changes nothing. Kernels take float32 on the CPU, bfloat16 and float16 on CUDA; for the rest the weight is
+    put together and convolved with. NaN and infinity that only skipped blocks would read need not show.
 
     >>> from fxslim.kernels.block_layout import pack_blocks
     >>> block_sparse_conv2d(torch.ones(1, 1, 1, 2), *pack_blocks(torch.tensor([[1.0, 2.0]])), num_out=1, num_in=2)
     tensor([[[[3.]]]])
     """
+    check_input(input, "input")
     for name, tensor in (("blocks", blocks), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise DtypeError(f"{name} must be {input.dtype} as the input is, got {tensor.dtype}")
     check_convolution(input, num_in, kernel_size, stride, padding, dilation)
-    check_blocks(blocks, places, starts, bias, num_out, cout)
+    check_blocks(blocks, places, starts, bias, num_out, cout, dims=4)
+    convolve = torch.ops.fxslim.block_sparse_conv2d if _has_kernel(input) else _reference
     with torch.no_grad():
-        return torch.ops.fxslim.block_sparse_conv2d(
-            input, blocks, places, starts, bias, num_out, cout, kernel_size, stride, padding, dilation, relu
-        )
-
-
-def check_blocks(blocks: Tensor, places: Tensor, starts: Tensor, bias: Tensor | None, num_out: int, cout: int) -> None:
-    """Raise where the parts of a packed weight do not belong together."""
-    if cout < 1 or num_out < 1:
-        raise ConfigError(f"num_out={num_out} and cout={cout} must be at least 1")
-    panels, over_filters = -(-min(cout, num_out) // PANEL), -(-num_out // cout)
-    if blocks.dim() not in (4, 5) or blocks.shape[1] != panels or blocks.shape[3] != PANEL:
-        raise ConfigError(f"blocks have shape {tuple(blocks.shape)}: {cout} of {num_out} filters are {panels} panels")
-    if tuple(places.shape) != (len(blocks), 2) or tuple(starts.shape) != (over_filters + 1,):
-        raise ConfigError(
-            f"places {tuple(places.shape)} and starts {tuple(starts.shape)} must be {(len(blocks), 2)} and "
-            f"{(over_filters + 1,)}"
-        )
-    if places.dtype != torch.int32 or starts.dtype != torch.int32:
-        raise DtypeError(f"places and starts must be int32, got {places.dtype} and {starts.dtype}")
-    if bias is not None and tuple(bias.shape) != (num_out,):
-        raise ConfigError(f"bias has shape {tuple(bias.shape)}, not ({num_out},)")
+        return convolve(
+            input, blocks, places, starts, bias, num_out, cout, list(kernel_size), list(stride), list(padding),
+            list(dilation), relu,
+        )  # fmt: skip

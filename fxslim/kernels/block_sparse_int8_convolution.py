@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """block_sparse_conv2d_int8: bytes convolved with the blocks of a weight that are not zero."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxslim.errors import ConfigError, DtypeError
-from fxslim.kernels.block_layout import BlockSizes, unpack_blocks
-from fxslim.kernels.block_sparse_convolution import check_blocks, check_convolution, output_shape
+from fxslim.kernels.block_arguments import check_blocks, check_convolution, output_shape
+from fxslim.kernels.block_layout import PANEL, QUAD, BlockSizes, unpack_blocks
 
 torch.library.define(
     "fxslim::block_sparse_conv2d_int8",
@@ -41,7 +42,8 @@ def _reference(
 ) -> Tensor:
     sizes = BlockSizes.of((num_out, input.shape[3], *kernel_size), cin, cout)
     weight = unpack_blocks(blocks, places, starts, sizes).reshape(num_out, input.shape[3], *kernel_size)
-    steps = (input / scale).round_().add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point)
+    lowest = quant_min - zero_point
+    steps = (input / scale).round_().clamp_(lowest, quant_max - zero_point).nan_to_num_(nan=lowest)
     top, left, bottom, right = padding
     x = F.pad(steps.permute(0, 3, 1, 2).double(), (left, right, top, bottom))
     # Sums of whole numbers are exact in float64.
@@ -90,7 +92,7 @@ def block_sparse_conv2d_int8(
 
     The input (batch, height, width, channels) becomes ``round(input / scale) + zero_point``, clamped to
     ``quant_min`` and ``quant_max``; sums of 32 bits are exact, and become ``sum * factor + bias``, where ``factor`` is
-    the product of both scales for each output. NaN becomes some number. It carries no gradient.
+    the product of both scales for each output. NaN becomes ``quant_min``. It carries no gradient.
     """
     for name, tensor in (("input", input), ("factor", factor), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.dtype != torch.float32:
@@ -102,9 +104,21 @@ def block_sparse_conv2d_int8(
     if scale.numel() != 1 or tuple(factor.shape) != (num_out,):
         raise ConfigError(f"scale {tuple(scale.shape)} must be one number, factor {tuple(factor.shape)} ({num_out},)")
     check_convolution(input, num_in, kernel_size, stride, padding, dilation)
-    check_blocks(blocks, places, starts, bias, num_out, cout)
+    check_blocks(blocks, places, starts, bias, num_out, cout, dims=5)
+    _check_depth(
+        blocks, num_in, cin, max(zero_point - quant_min, quant_max - zero_point) * 128 * math.prod(kernel_size)
+    )
     with torch.no_grad():
         return torch.ops.fxslim.block_sparse_conv2d_int8(
             input, scale, zero_point, quant_min, quant_max, blocks, places, starts, factor, bias, num_out, cout,
             min(cin, num_in), kernel_size, stride, padding, dilation, relu,
         )  # fmt: skip
+
+
+def _check_depth(blocks: Tensor, num_in: int, cin: int, largest: int) -> None:
+    """Raise where blocks hold other channels than they should, or sums of ``largest`` for each might not fit."""
+    quads = -(-min(cin, num_in) // QUAD)
+    if cin < 1 or tuple(blocks.shape[2:]) != (quads, PANEL, QUAD):
+        raise ConfigError(f"blocks have shape {tuple(blocks.shape)}: cin={cin} of {num_in} channels are {quads} quads")
+    if num_in * largest >= 2**31:
+        raise ConfigError(f"sums of {num_in} channels may reach {num_in * largest}, which 32 bits do not hold")

@@ -37,6 +37,8 @@ def main() -> int:
             "tests/kernels/test_operators.py",
             "tests/kernels/test_gradients.py",
             "tests/kernels/test_arguments.py",
+            "tests/kernels/test_block_sparse.py",
+            "tests/kernels/test_block_sparse_callers.py::test_damaged_places_and_starts_are_not_read",
         ]
         result = subprocess.run([sys.executable, "-m", "pytest", *tests, "-q", "-x"], env=test)
         if result.returncode != 0:

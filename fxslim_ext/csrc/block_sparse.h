@@ -25,9 +25,10 @@ struct BlockConvolution {
         kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
         "kernel_size, stride and dilation are 2 numbers, padding 4");
     batch = input.size(0), height = input.size(1), width = input.size(2), channels = input.size(3);
-    STD_TORCH_CHECK(num_out >= 1 && cout_ >= 1 && cin_ >= 1, "num_out, cout and cin must be at least 1");
+    STD_TORCH_CHECK(
+        num_out >= 1 && cout_ >= 1 && cin_ >= 1 && channels >= 1, "num_out, cout, cin and channels must be at least 1");
     cout = std::min(cout_, num_out);
-    cin = std::min(cin_, std::max<int64_t>(channels, 1));
+    cin = std::min(cin_, channels);
     panels = (cout + kPanel - 1) / kPanel;
     over_filters = (num_out + cout - 1) / cout;
     over_channels = (channels + cin - 1) / cin;
@@ -49,7 +50,7 @@ struct BlockConvolution {
   int64_t pixels() const { return batch * out_h * out_w; }
 
   Tensor empty_output(const Tensor& input) const {
-    return torch::stable::new_empty(input, {batch, out_h, out_w, num_out}, ScalarType::Float);
+    return torch::stable::new_empty(input, {batch, out_h, out_w, num_out}, input.scalar_type());
   }
 };
 

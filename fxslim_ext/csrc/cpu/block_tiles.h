@@ -99,7 +99,7 @@ class BlockSum {
       const In** to = rows + p;
       for (int64_t i = 0, yi = y; i < conv.kernel_h; ++i, yi += conv.dilation_h) {
         const bool inside = yi >= 0 && yi < conv.height;
-        const In* const line = input + (n * conv.height + yi) * conv.width * row;
+        const In* const line = inside ? input + (n * conv.height + yi) * conv.width * row : padded;
         for (int64_t j = 0, xj = x; j < conv.kernel_w; ++j, xj += conv.dilation_w, to += kRange)
           *to = inside && xj >= 0 && xj < conv.width ? line + xj * row : padded;
       }
