@@ -54,12 +54,12 @@ def _fake(input, blocks, places, starts, bias, num_out, cout, kernel_size, strid
 
 
 # What kernels take, by device; on others the dispatcher finds the reference.
-_KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
 
 
 def _has_kernel(input: Tensor) -> bool:
     """Whether the operator computes with such inputs; the reference takes the others."""
-    return input.dtype in _KERNEL_DTYPES.get(input.device.type, (input.dtype,))
+    return input.dtype in KERNEL_DTYPES.get(input.device.type, (input.dtype,))
 
 
 def block_sparse_conv2d(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import ConfigError
+from fxslim.kernels.block_sparse_convolution import KERNEL_DTYPES
 from fxslim.nn.bias_grids import folded_bias
 from fxslim.nn.deployed_layers import DeployedLayer
 from fxslim.nn.masked_weights import MaskedWeights
@@ -17,9 +18,6 @@ from fxslim.nn.quantizers.onnx_lowering import is_lowering
 from fxslim.patterns import Block
 
 logger = logging.getLogger(__name__)
-
-# What the kernels multiply, by device.
-KERNEL_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 class BlockSparseLayer(nn.Module):
@@ -71,8 +69,8 @@ class BlockSparseLayer(nn.Module):
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether the kernel takes this input; else the whole weight is put together, which is said once."""
-        wanted = KERNEL_DTYPES.get(x.device.type)
-        if not is_lowering() and (x.is_meta or x.dtype == wanted) and self.weight.dtype == x.dtype:
+        runs = x.is_meta or x.dtype in KERNEL_DTYPES.get(x.device.type, ())
+        if not is_lowering() and runs and self.weight.dtype == x.dtype:
             return True
         if not torch.compiler.is_compiling():
             self._say_dense(f"{x.dtype} on {x.device.type}")
