@@ -4,6 +4,7 @@
 Values of ``places`` and ``starts`` are looked at by the kernels on the CPU.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -36,9 +37,18 @@ def check_convolution(
     dilation: Sequence[int],
 ) -> None:  # fmt: skip
     """Raise for what no convolution takes."""
-    if num_in < 1 or input.dim() != 4 or input.shape[3] != num_in:
+    sizes = tuple(input.shape), num_in, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    # Sizes that are traced can't be remembered.
+    (_check_sizes if torch.compiler.is_compiling() else _remembered_sizes)(*sizes)
+
+
+def _check_sizes(
+    shape: tuple[int, ...], num_in: int, kernel_size: tuple[int, ...], stride: tuple[int, ...],
+    padding: tuple[int, ...], dilation: tuple[int, ...],
+) -> None:  # fmt: skip
+    if num_in < 1 or len(shape) != 4 or shape[3] != num_in:
         raise ConfigError(
-            f"input has shape {tuple(input.shape)}: it must be (batch, height, width, channels), of num_in={num_in} "
+            f"input has shape {tuple(shape)}: it must be (batch, height, width, channels), of num_in={num_in} "
             "channels, at least 1"
         )
     for name, values, count, least in (
@@ -49,10 +59,10 @@ def check_convolution(
     ):
         if len(values) != count or any(value < least for value in values):
             raise ConfigError(f"{name}={list(values)} must be {count} integers >= {least}")
-    given = output_shape(input.shape, 1, kernel_size, stride, padding, dilation)
+    given = output_shape(shape, 1, kernel_size, stride, padding, dilation)
     if given[1] < 1 or given[2] < 1:
         raise ConfigError(
-            f"an input of {input.shape[1]}x{input.shape[2]}, padded by {list(padding)}, is smaller than the kernel "
+            f"an input of {shape[1]}x{shape[2]}, padded by {list(padding)}, is smaller than the kernel "
             f"{list(kernel_size)} with dilation {list(dilation)}"
         )
 
@@ -61,20 +71,35 @@ def check_blocks(
     blocks: Tensor, places: Tensor, starts: Tensor, bias: Tensor | None, num_out: int, cout: int, dims: int
 ) -> None:
     """Raise where the parts of a packed weight do not belong together; its blocks have ``dims`` dimensions."""
+    (_check_parts if torch.compiler.is_compiling() else _remembered_parts)(
+        blocks.shape, (places.shape, starts.shape), (places.dtype, starts.dtype),
+        None if bias is None else bias.shape, num_out, cout, dims,
+    )  # fmt: skip
+
+
+def _check_parts(
+    blocks: torch.Size, shapes: tuple[torch.Size, torch.Size], dtypes: tuple[torch.dtype, torch.dtype],
+    bias: torch.Size | None, num_out: int, cout: int, dims: int,
+) -> None:  # fmt: skip
     if cout < 1 or num_out < 1:
         raise ConfigError(f"num_out={num_out} and cout={cout} must be at least 1")
     panels, over_filters = -(-min(cout, num_out) // PANEL), -(-num_out // cout)
-    if blocks.dim() != dims or blocks.shape[1] != panels or blocks.shape[3] != PANEL:
+    if len(blocks) != dims or blocks[1] != panels or blocks[3] != PANEL:
         raise ConfigError(
-            f"blocks have shape {tuple(blocks.shape)}: {cout} of {num_out} filters are {panels} panels of {PANEL}, and "
+            f"blocks have shape {tuple(blocks)}: {cout} of {num_out} filters are {panels} panels of {PANEL}, and "
             f"blocks have {dims} dimensions"
         )
-    if tuple(places.shape) != (len(blocks), 2) or tuple(starts.shape) != (over_filters + 1,):
+    if tuple(shapes[0]) != (blocks[0], 2) or tuple(shapes[1]) != (over_filters + 1,):
         raise ConfigError(
-            f"places {tuple(places.shape)} and starts {tuple(starts.shape)} must be {(len(blocks), 2)} and "
+            f"places {tuple(shapes[0])} and starts {tuple(shapes[1])} must be {(blocks[0], 2)} and "
             f"{(over_filters + 1,)}"
         )
-    if places.dtype != torch.int32 or starts.dtype != torch.int32:
-        raise DtypeError(f"places and starts must be int32, got {places.dtype} and {starts.dtype}")
-    if bias is not None and tuple(bias.shape) != (num_out,):
-        raise ConfigError(f"bias has shape {tuple(bias.shape)}, not ({num_out},)")
+    if dtypes != (torch.int32, torch.int32):
+        raise DtypeError(f"places and starts must be int32, got {dtypes[0]} and {dtypes[1]}")
+    if bias is not None and tuple(bias) != (num_out,):
+        raise ConfigError(f"bias has shape {tuple(bias)}, not ({num_out},)")
+
+
+# Looking at sizes costs as much as calling a kernel does.
+_remembered_sizes = functools.lru_cache(maxsize=1024)(_check_sizes)
+_remembered_parts = functools.lru_cache(maxsize=1024)(_check_parts)

@@ -53,6 +53,8 @@ def _fake(input, blocks, places, starts, bias, num_out, cout, kernel_size, strid
     return input.new_empty(output_shape(input.shape, num_out, kernel_size, stride, padding, dilation))
 
 
+_operator = torch.ops.fxslim.block_sparse_conv2d.default
+
 # What kernels take, by device; on others the dispatcher finds the reference.
 KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
 
@@ -94,7 +96,7 @@ def block_sparse_conv2d(
             raise DtypeError(f"{name} must be {input.dtype} as the input is, got {tensor.dtype}")
     check_convolution(input, num_in, kernel_size, stride, padding, dilation)
     check_blocks(blocks, places, starts, bias, num_out, cout, dims=4)
-    convolve = torch.ops.fxslim.block_sparse_conv2d if _has_kernel(input) else _reference
+    convolve = _operator if _has_kernel(input) else _reference
     with torch.no_grad():
         return convolve(
             input, blocks, places, starts, bias, num_out, cout, list(kernel_size), list(stride), list(padding),

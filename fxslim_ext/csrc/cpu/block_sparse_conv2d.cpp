@@ -31,12 +31,13 @@ struct Portable {
 };
 
 #if FXSLIM_X86
-// What the next block reads lies in no order that the processor foresees.
+// What the next block, or that of the next pixels, reads lies in no order that the processor foresees.
 template <int64_t Pixels>
 FXSLIM_INLINE inline void fetch_next(const FloatTile& t, int64_t b) {
-  if (b + 1 == t.count) return;
-  const int64_t at = t.places[2 * b + 2] * t.cin;
-  const float* const* rows = t.rows + t.places[2 * b + 3] * t.row_step;
+  const bool more = b + 1 < t.count;
+  const int32_t* place = t.places + (more ? 2 * b + 2 : 0);
+  const float* const* rows = t.rows + place[1] * t.row_step + (more ? 0 : Pixels);
+  const int64_t at = place[0] * t.cin;
   for (int64_t i = 0; i < Pixels; ++i)
     for (int64_t k = 0; k < 32; k += 16) __builtin_prefetch(rows[i] + at + k);
 }

@@ -63,7 +63,8 @@ class BlockSum {
   void run() const {
     const int64_t ranges = (conv.pixels() + kRange - 1) / kRange;
     torch::stable::parallel_for(0, ranges * conv.over_filters, 1, [&](int64_t first, int64_t last) {
-      std::vector<const In*> rows(conv.positions() * kRange);
+      // What is fetched ahead of the last pixels lies behind them.
+      std::vector<const In*> rows(conv.positions() * kRange + Kernel::kPixels);
       // Filters that do not fill their panels are added up aside.
       std::vector<float> aside(ends_inside() ? kRange * conv.panels * kPanel : 0);
       std::vector<float> constants(2 * conv.panels * kPanel);
