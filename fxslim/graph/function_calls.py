@@ -40,7 +40,7 @@ _WITH_NUMBERS = frozenset(
 WHOLE = frozenset(
     """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pack_padded_sequence
-    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward
+    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward _weight_norm
     """.split()
 )
 

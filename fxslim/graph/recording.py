@@ -15,7 +15,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fxslim.errors import TraceError
@@ -25,6 +25,7 @@ from fxslim.graph.masked_states import masked_state
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
 from fxslim.graph.torch_switches import plain_forwards
+from fxslim.graph.weight_norms import find_weight_norms
 
 # Arguments that are written down as they are.
 _PLAIN = (int, float, str)
@@ -40,6 +41,7 @@ class _Recorder(TorchDispatchMode):
         self.states = {id(t): name for name, t in named_states(model)}
         # The weight that each mask was put on.
         self.masks: dict[str, str] = {}
+        self.norms = {(norm.direction, norm.gain) for norm in find_weight_norms(model)}
         self.functions = CalledFunctions(self.node_of, self.take_whole)
         self.inside_whole = False
         self.module_stack = module_stack
@@ -98,8 +100,18 @@ class _Recorder(TorchDispatchMode):
         self._nodes[id(result)] = ref(result), self.node_of(weight)
         return result
 
+    def _is_normed(self, func: Any, args: Any) -> bool:
+        """Whether a function computes a weight under weight norm that is known by its layer."""
+        names = (self.states.get(id(value)) for value in args[:2])
+        return func is torch._weight_norm and tuple(names) in self.norms
+
     def take_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Write one operator for a function and nothing of what it runs."""
+        """Write one operator for a function and nothing of what it runs; a direction stands for the weight."""
+        if self._is_normed(func, args):
+            with _disable_current_modes():
+                result = func(*args, **kwargs)
+            self._nodes[id(result)] = ref(result), self.node_of(args[0])
+            return result
         inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         self.inside_whole = True
         try:

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxslim.graph.computed_layers import find_computed_layers
+from fxslim.graph.computed_layers import find_fixed_layers
 from fxslim.graph.labels import Ids, Labels, LabelSpace
 from fxslim.graph.surgery.attributes import new_attributes
 from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, leaves, solve
+from fxslim.graph.weight_norms import layer_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +97,14 @@ class NewSizes:
     def _family(self, name: str) -> dict[str, object]:
         if name not in self._families:
             module = self.modules[name]
-            local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            prefix = name + "." if name else ""
+            local, prefix = layer_states(module), name + "." if name else ""
             new = {
-                n: torch.empty(self._state_shape(prefix + n), device="meta")
-                for n, _ in local
-                if prefix + n in self.states
+                n: torch.empty(self._state_shape(prefix + own), device="meta")
+                for n, (own, _) in local.items()
+                if prefix + own in self.states
             }
             whole = len(new) == len(local) and bool(local)
-            computed = "" in find_computed_layers(module)
+            computed = "" in find_fixed_layers(module)
             self._families[name] = new_attributes(module, new) if whole and not computed else {}
         return self._families[name]
 

@@ -23,6 +23,7 @@ from fxslim.graph.surgery.attributes import new_attributes, new_size
 from fxslim.graph.surgery.changes import Changes, replace_data
 from fxslim.graph.surgery.old_graphs import OldGraphs
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.weight_norms import hooked_weights, layer_states
 
 # Elements that are cut at a time.
 _PIECE = 1 << 20
@@ -213,6 +214,12 @@ class Surgery:
         grads = {name: grad for name in self.cuts if (grad := self.states[name].grad) is not None}
         self.grads = {name: cut_tensor(grad, self.cuts[name]) for name, grad in grads.items()}
         self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
+        cut = {id(self.states[name]) for name in self.cuts}
+        self.hooked = [
+            module
+            for module in model.modules()
+            if hooked_weights(module) and not cut.isdisjoint(id(state) for _, state in layer_states(module).values())
+        ]
         self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
         self.old_graphs = OldGraphs({name: self.states[name] for name in self.cuts})
 
@@ -223,9 +230,9 @@ class Surgery:
         }
         changes = []
         for module in model.modules():
-            local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            if any(id(state) in new for _, state in local):
-                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local})
+            local = {name: state for name, (_, state) in layer_states(module).items()}
+            if any(id(state) in new for state in local.values()):
+                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local.items()})
                 changes += [(module, key, value) for key, value in values.items() if getattr(module, key) != value]
         return changes
 
@@ -241,6 +248,9 @@ class Surgery:
                 changes.make(functools.partial(cut.make, grad), cut.restore)
         for module, key, value in self.attributes:
             changes.set_attribute(module, key, value)
+        for module in self.hooked:
+            for key, value in hooked_weights(module).items():
+                changes.set_attribute(module, key, value)
         for layer in self.recurrent:
             # On a GPU its weights must lie in one piece of memory; the parameters bring their old pieces back.
             changes.make(layer.flatten_parameters, _nothing)
