@@ -210,7 +210,8 @@ def row(name: str, importance: str, ratio: float) -> tuple[bool, str]:
     proof = plan.verify(model, inputs)
     graph = fxslim.trace(model, inputs[0])
     frozen = graph.frozen_layers()
-    layers = [owner(n) for n, p in model.named_parameters() if p.dim() > 1 and n.endswith(".weight")]
+    weights = (".weight", ".parametrizations.weight.original1")
+    layers = [owner(n) for n, p in model.named_parameters() if p.dim() > 1 and n.endswith(weights)]
     cut = {owner(c.name) for c in plan.cuts}
     free = free_share(graph, layers)
     kind = type(model)

@@ -320,11 +320,11 @@ class Propagation:
 
     def _take_masks(self, recording: Recording) -> None:
         """Masks follow their weights; one that the forward looks at besides can't, and both stay."""
-        used = {str(node.target) for node in recording.nodes if node.op == "get_attr" and node.users}
+        used = {str(n.target) for n in recording.nodes if n.op == "get_attr" and n.users and n not in recording.weights}
         for direction, (gain, _) in self.gains.items():
-            if gain in used:
-                for name in (gain, direction):
-                    self._keep_whole(name, f"the forward uses {gain} besides the weight that it is the gain of")
+            for name in {gain, direction} & used:
+                for state in (gain, direction):
+                    self._keep_whole(state, f"the forward uses {name} besides the weight that is made of it")
         for mask, weight in recording.masks.items():
             if mask in used or mask in self.whole:
                 for name in (mask, weight):

@@ -41,6 +41,8 @@ class _Recorder(TorchDispatchMode):
         self.states = {id(t): name for name, t in named_states(model)}
         # The weight that each mask was put on.
         self.masks: dict[str, str] = {}
+        # What stands for weights under weight norm.
+        self.weights: set[fx.Node] = set()
         self.norms = {(norm.direction, norm.gain) for norm in find_weight_norms(model)}
         self.functions = CalledFunctions(self.node_of, self.take_whole)
         self.inside_whole = False
@@ -110,7 +112,9 @@ class _Recorder(TorchDispatchMode):
         if self._is_normed(func, args):
             with _disable_current_modes():
                 result = func(*args, **kwargs)
-            self._nodes[id(result)] = ref(result), self.node_of(args[0])
+            name = self.states[id(args[0])]
+            self._remember(self._new_node("get_attr", name, name), result)
+            self.weights.add(self._nodes[id(result)][1])
             return result
         inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         self.inside_whole = True
@@ -162,7 +166,8 @@ class ModuleCall:
 class Recording:
     """The graph of one forward, the nodes of the model's inputs and outputs, and sizes that were used as numbers.
 
-    ``masks``: the weight that each mask was put on. ``calls``: those of the modules, in the order in which they ended.
+    ``masks``: the weight that each mask was put on. ``weights``: directions that stand for a weight under weight norm.
+    ``calls``: those of the modules, in the order in which they ended.
     ``again`` runs the same forward with other answers where it uses
     sizes as numbers.
     """
@@ -174,6 +179,7 @@ class Recording:
         outputs: list[fx.Node],
         numbers: list[TaggedInt],
         masks: dict[str, str],
+        weights: set[fx.Node],
         calls: list[ModuleCall],
         again: Callable[[tuple[int, ...]], "Recording"],
     ) -> None:
@@ -182,6 +188,7 @@ class Recording:
         self.outputs = outputs
         self.numbers = numbers
         self.masks = masks
+        self.weights = weights
         self.calls = calls
         self.again = again
 
@@ -269,6 +276,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         [found for found in made if found is not None],
         numbers.sizes,
         recorder.masks,
+        recorder.weights,
         calls,
         lambda other: record(model, example, training=training, answers=other),
     )

@@ -8,6 +8,7 @@ smaller, and the gains with them, so that what is left of the weight is what it 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as _Hook
+from torch.nn.utils.weight_norm import remove_weight_norm
 
 # Layers that hand several weights to one function, by themselves.
 _BY_THEMSELVES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -60,7 +62,10 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, int | None]]:
     others = any(isinstance(hook, SpectralNorm | BasePruningMethod) for hook in hooks)
     if others or isinstance(module, _BY_THEMSELVES):
         return
-    made = list(module.parametrizations.items()) if parametrize.is_parametrized(module) else []  # type: ignore[operator]
+    made: list[tuple[str, Any]] = []
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        made = list(module.parametrizations.items())
     if any([type(step) for step in steps] != [_WeightNorm] for _, steps in made):
         return
     for weight, steps in made:
@@ -98,6 +103,22 @@ def hooked_weights(module: nn.Module) -> dict[str, Tensor]:
         return {hook.name: hook.compute_weight(module) for hook in hooks}
 
 
+def make_plain(module: nn.Module) -> None:
+    """Parameters in the place of the weights of a layer under weight norm.
+
+    Torch's own way changes the class, which a copy shares with its original.
+    """
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        weights = {name: getattr(module, name).detach() for name in module.parametrizations}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, weight in weights.items():
+            module.register_parameter(name, nn.Parameter(weight))
+    for hook in [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Hook)]:
+        remove_weight_norm(module, hook.name)
+
+
 def norms_of(direction: Tensor, dim: int | None) -> Tensor:
     """Euclidean norms in float64, in the shape of the gain.
 
@@ -113,4 +134,3 @@ def norms_of(direction: Tensor, dim: int | None) -> Tensor:
 def computed_weight(gain: Tensor, direction: Tensor, dim: int | None) -> Tensor:
     """The weight that a layer computes with, in float64."""
     return gain.double() * (direction.double() / norms_of(direction, dim))
-

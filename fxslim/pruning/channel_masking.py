@@ -23,7 +23,7 @@ from fxslim.graph.recording import named_states
 from fxslim.graph.slots import owner
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.graph.weight_norms import find_weight_norms
-from fxslim.pruning.removed_entries import silent_entries
+from fxslim.pruning.removals import silent_entries
 from fxslim.pruning.silencing import NormsOverKept
 
 # Their vectors follow channels without mixing them.

@@ -23,7 +23,7 @@ from fxslim.graph.recording import Recording, named_states, undisturbed
 from fxslim.graph.slots import entry_sums
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.double_precision import double_copy
-from fxslim.pruning.removed_entries import removed_entries
+from fxslim.pruning.removals import removed_entries
 from fxslim.pruning.silencing import silence
 
 # How far a constant may be from constant, in float64: upsampling rounds.

@@ -37,9 +37,9 @@ from fxslim.pruning.plan_fields import (
     unpack_scalings,
     unpack_sizes,
 )
+from fxslim.pruning.removals import kept_norms, silent_entries
 from fxslim.pruning.repair.mending import UNREPAIRED, Mending
 from fxslim.pruning.repair.settings import Repair, pack_repair, unpack_repair
-from fxslim.pruning.removed_entries import kept_norms, silent_entries
 from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
 from fxslim.pruning.weight_masks import WeightMasks

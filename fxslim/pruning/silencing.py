@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Removed channels as zeros in the full-size model: the entries, and norms that leave them out."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
@@ -12,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from fxslim.graph.recording import named_states
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.graph.unweighted_norms import find_unweighted_norms
-from fxslim.graph.weight_norms import find_weight_norms
+from fxslim.graph.weight_norms import find_weight_norms, make_plain
 from fxslim.graph.written_norms import AVERAGES, channel_vectors
-from fxslim.pruning.removed_entries import kept_norms, silent_entries
+from fxslim.pruning.removals import kept_norms, silent_entries
 
 
 def silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
@@ -27,6 +28,20 @@ def silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
         for name, entries in silent.items():
             for gone in entries:
                 states[name].masked_fill_(gone.to(states[name].device), 0)
+
+
+def with_plain_weights(model: nn.Module, cuts: Iterable[Cut]) -> list[Cut]:
+    """Make parameters of weights under weight norm that are cut, in place. The cuts, as those of the weights."""
+    cuts = list(cuts)
+    cut_names = {cut.name for cut in cuts}
+    for norm in find_weight_norms(model):
+        if norm.direction not in cut_names:
+            continue
+        make_plain(model.get_submodule(norm.layer))
+        weight = f"{norm.layer}.{norm.weight}".lstrip(".")
+        mine = [dataclasses.replace(cut, name=weight) for cut in cuts if cut.name == norm.direction]
+        cuts = [cut for cut in cuts if cut.name not in (norm.gain, norm.direction)] + mine
+    return cuts
 
 
 class NormsOverKept(TorchFunctionMode):

@@ -214,11 +214,12 @@ class Surgery:
         grads = {name: grad for name in self.cuts if (grad := self.states[name].grad) is not None}
         self.grads = {name: cut_tensor(grad, self.cuts[name]) for name, grad in grads.items()}
         self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
-        cut = {id(self.states[name]) for name in self.cuts}
+        cut_ids = {id(self.states[name]) for name in self.cuts}
         self.hooked = [
             module
             for module in model.modules()
-            if hooked_weights(module) and not cut.isdisjoint(id(state) for _, state in layer_states(module).values())
+            if hooked_weights(module)
+            and not cut_ids.isdisjoint(id(state) for _, state in layer_states(module).values())
         ]
         self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
         self.old_graphs = OldGraphs({name: self.states[name] for name in self.cuts})
