@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fxslim.errors import TraceError
-from fxslim.graph.function_calls import CalledFunctions, tagged_attributes, users_line
+from fxslim.graph.function_calls import CalledFunctions, users_line
 from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.masked_states import masked_state
 from fxslim.graph.model_state import HookState, ModelState
+from fxslim.graph.tagged_attributes import TaggedAttributes
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
 from fxslim.graph.torch_switches import plain_forwards
 from fxslim.graph.weight_norms import find_weight_norms
@@ -245,7 +246,24 @@ def _tracked_modules(model: nn.Module, recorder: _Recorder, calls: list[ModuleCa
 
 
 def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers: tuple[int, ...] = ()) -> Recording:
-    """Run the model once and write down what it executes."""
+    """Run the model once and write down what it executes; again where it wrote to an object that modules share."""
+    untouched = set[int]()
+    while True:
+        tags = TaggedAttributes(model, untouched)
+        try:
+            made = _recorded(model, inputs, training, answers, tags)
+        except TraceError:
+            if not tags.written:
+                raise
+        else:
+            if not tags.written:
+                return made
+        untouched |= tags.written
+
+
+def _recorded(
+    model: nn.Module, inputs: Inputs, training: bool, answers: tuple[int, ...], tags: TaggedAttributes
+) -> Recording:
     example, inputs = inputs, inputs.copied()
     numbers = NumbersRead(answers, users_line)
     calls = list[ModuleCall]()
@@ -258,7 +276,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         input_nodes.append(node)
     with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, recorder, calls):
         try:
-            with noting_numbers(numbers), tagged_attributes(model), recorder.functions, recorder:
+            with noting_numbers(numbers), tags, recorder.functions, recorder:
                 outputs = inputs.run(model)
         except Exception as error:
             mode = "train" if training else "eval"

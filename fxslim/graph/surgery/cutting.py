@@ -22,6 +22,7 @@ from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.attributes import new_attributes, new_size
 from fxslim.graph.surgery.changes import Changes, replace_data
 from fxslim.graph.surgery.old_graphs import OldGraphs
+from fxslim.graph.surgery.user_attributes import changed_attributes
 from fxslim.graph.unweighted_norms import find_unweighted_norms
 from fxslim.graph.weight_norms import hooked_weights, layer_states
 
@@ -213,7 +214,7 @@ class Surgery:
         self.given = {name: cut_tensor(value, self.cuts[name]) for name, value in given.items()}
         grads = {name: grad for name in self.cuts if (grad := self.states[name].grad) is not None}
         self.grads = {name: cut_tensor(grad, self.cuts[name]) for name, grad in grads.items()}
-        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
+        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *changed_attributes(model, new_sizes)]
         cut_ids = {id(self.states[name]) for name in self.cuts}
         self.hooked = [
             module
@@ -287,41 +288,6 @@ def _cut_optimizer(
                     "it can't be cut; make the optimizer after pruning"
                 )
     return found
-
-
-def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
-    """Sizes that the user's modules keep for themselves, as whole attributes."""
-    values: dict[tuple[nn.Module, str], Any] = {}
-    modules = dict(model.named_modules())
-    inside = {_without_wrapper(name): module for name, module in modules.items()}
-    for new in new_sizes:
-        name, item = new.attribute.name, new.attribute.item
-        near = (modules.get(new.attribute.module), inside.get(_without_wrapper(new.attribute.module)))
-        owners = [owner for owner in near if owner is not None]
-        found = [values.get((owner, name), getattr(owner, name, None)) for owner in owners]
-        sizes = [_size_in(value, item) for value in found]
-        if new.before not in sizes:
-            raise PlanError(
-                f"the plan does not fit this model: {new.attribute} is {sizes[0] if sizes else None}, "
-                f"the plan was made for {new.before}"
-            )
-        owner, old = owners[sizes.index(new.before)], found[sizes.index(new.before)]
-        after: Any = new.after
-        if item is not None:
-            assert isinstance(old, tuple | list)
-            after = type(old)([*old[:item], after, *old[item + 1 :]])
-        values[owner, name] = after
-    return [(module, name, value) for (module, name), value in values.items()]
-
-
-def _without_wrapper(name: str) -> str:
-    return (name + ".").removeprefix("module.").removeprefix("_orig_mod.")[:-1]
-
-
-def _size_in(value: Any, item: int | None) -> Any:
-    if item is None:
-        return value
-    return value[item] if isinstance(value, tuple | list) and item < len(value) else None
 
 
 def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:
