@@ -217,9 +217,10 @@ def row(name: str, importance: str, ratio: float) -> tuple[bool, str]:
     free = free_share(graph, layers)
     kind = type(model)
     plan.apply(model)
+    after = config.to_dict()
     train(model, inputs[0])
     problems = [] if proof.ok else ["DIFFERS" if proof.effect >= VISIBLE else "VACUOUS"]
-    problems += ["CONFIG"] if config.to_dict() != before or type(model) is not kind else []
+    problems += ["CONFIG"] if after != before or type(model) is not kind else []
     problems += [] if loads_again(model, build, plan, inputs[1]) else ["SAVING"]
     problems += [] if free >= 0.95 else ["FROZEN"]
     reasons = Counter(reason.rpartition(" in ")[0] or reason for reason in frozen.values())

@@ -28,7 +28,7 @@ from fxslim.graph.weight_norms import hooked_weights, layer_states
 
 # Elements that are cut at a time.
 _PIECE = 1 << 20
-# Smaller parameters are kept as they were until a plan is applied.
+# Smaller parameters are kept as they were until a plan is applied, and so is one that is most of the model.
 _LARGE = 1 << 14
 
 
@@ -240,9 +240,11 @@ class Surgery:
 
     def commit(self, changes: Changes) -> None:
         """Put the new tensors and attributes in."""
-        for name, cuts in self.cuts.items():
-            state, grad = self.states[name], self.grads.get(name)
-            if name in self.given or not _is_taken_apart(state):
+        most = self._most_of_all()
+        # Last: when the others are done, nothing else needs memory besides.
+        for name in sorted(self.cuts, key=lambda name: name == most):
+            state, grad, cuts = self.states[name], self.grads.get(name), self.cuts[name]
+            if name in self.given or name == most or not _is_taken_apart(state):
                 data = self.given[name] if name in self.given else cut_tensor(state, cuts)
                 changes.replace_data(state, data, grad)
             else:
@@ -258,6 +260,15 @@ class Surgery:
             changes.make(layer.flatten_parameters, _nothing)
         for kept, key, tensor in self.optimizer_tensors:
             changes.set_item(kept, key, tensor)
+
+    def _most_of_all(self) -> str:
+        """The parameter that is more than half of the model, if one is.
+
+        To take it apart it would be in memory twice for a moment; whole as it was and what stays of it is less.
+        """
+        sizes = {name: state.numel() * state.element_size() for name, state in self.states.items()}
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        return largest if 2 * sizes.get(largest, 0) > sum(sizes.values()) else ""
 
     def close_old_graphs(self, changes: Changes) -> None:
         """The last change: losses from before can't be walked backward any more."""
