@@ -197,3 +197,14 @@ def test_two_weights_of_one_gain_stay() -> None:
     model.append(nn.Linear(16, 4))
     model[4].parametrizations.weight.original0 = model[2].parametrizations.weight.original0
     stays(model, x, "2", "is made by _WeightNorm: call torch.nn.utils.parametrize")
+
+
+@everywhere
+def test_least_squares_leaves_it_and_says_so(kind: str) -> None:
+    model, x, _ = case(kind, 0)
+    data = [(torch.randn(64, *x.shape[1:]), torch.zeros(64, dtype=torch.long))]
+    plan = fxslim.plan_pruning(model, x, ratio=0.5, data=data, repair="least_squares")
+    direction = next(name for name, p in model[2].named_parameters() if name.endswith(("weight_v", "original1")))
+    note = f"repair: 2: its weight is computed from {direction.rpartition('.')[2]}"
+    assert note in plan.notes
+    assert plan.apply(model)(x).isfinite().all()
