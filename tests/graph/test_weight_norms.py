@@ -203,7 +203,8 @@ def test_two_weights_of_one_gain_stay() -> None:
 def test_least_squares_leaves_it_and_says_so(kind: str) -> None:
     model, x, _ = case(kind, 0)
     data = [(torch.randn(64, *x.shape[1:]), torch.zeros(64, dtype=torch.long))]
-    plan = fxslim.plan_pruning(model, x, ratio=0.5, data=data, repair="least_squares")
+    settings = {"ratio": 0.5, "target": "channels", "importance": "random"}
+    plan = fxslim.plan_pruning(model, x, **settings, data=data, repair="least_squares")
     direction = next(name for name, p in model[2].named_parameters() if name.endswith(("weight_v", "original1")))
     note = f"repair: 2: its weight is computed from {direction.rpartition('.')[2]}"
     assert note in plan.notes
