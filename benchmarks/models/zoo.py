@@ -91,7 +91,7 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     def settle(norm: Any, given: tuple[Tensor]) -> None:
         handles_of[norm].remove()
         values = given[0].transpose(0, 1).flatten(1)
-        spread = values.var(1).clamp(min=0.1)
+        spread = values.var(1, correction=0).clamp(min=0.1)
         centre = values.mean(1) + torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
         norm.running_mean.copy_(centre)
         norm.running_var.copy_(spread * (torch.rand(spread.shape, generator=generator) + 0.5))

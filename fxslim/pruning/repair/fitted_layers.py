@@ -97,7 +97,7 @@ def find_fits(
             assert isinstance(layer, Fitted)
             reason = _add_fit(fits, LayerFit(name=name, layer=layer, cut=cut, columns=0, taps=1), inputs, limit_bytes)
         if reason is not None:
-            told[name if isinstance(layer, Fitted) else cut.name] = reason
+            told[name if attribute == "weight" or isinstance(layer, Fitted) else cut.name] = reason
     return fits, told
 
 
