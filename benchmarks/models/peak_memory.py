@@ -105,7 +105,7 @@ def main() -> None:
         f"{within[0]} of {len(results)} traces and {within[1]} of {len(results)} prunings stay within {LIMIT} times",
         "one forward. MiB of resident memory at the peak, above what the process held before the model was built; each",
         "figure from a process of its own. `prune` is trace, plan (l2, half of the macs) and apply with its trial",
-        "forward, until which removed entries are kept apart, so that a failure can be taken back. Reproduce:",
+        "forward, until which all entries are kept, so that a failure can be taken back. Reproduce:",
         "`python -m benchmarks.models.peak_memory`.", "",
         "| model and input | forward | trace | prune | trace / forward | prune / forward |",
         "|---|---|---|---|---|---|",

@@ -78,7 +78,7 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
             except Exception as error:
                 problem = error
                 continue
-            settle_norms(randomise(model), Inputs(torch.randn(4, *x.shape[1:])))
+            settle_norms(randomise(model), Inputs(torch.randn(64 if size < 224 else 8, *x.shape[1:])))
             return model, x, _second_input(model, size)
     raise ValueError(f"{name} runs on none of {SIZES}: {problem}")
 

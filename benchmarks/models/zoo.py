@@ -81,22 +81,29 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def settle_norms(model: nn.Module, inputs: Inputs) -> None:
-    """Running statistics near those of real activations: a deep model neither fades nor turns chaotic."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
+    """Running statistics near those of real activations: a deep model neither fades nor turns chaotic.
+
+    Each norm gets them as the activations reach it, behind norms that have theirs: what is near, and not equal, would
+    else add up to another scale in each block. In eval mode, which they are for: stochastic depth has other ones.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def settle(norm: Any, given: tuple[Tensor]) -> None:
+        handles_of[norm].remove()
+        values = given[0].transpose(0, 1).flatten(1)
+        spread = values.var(1, correction=0).clamp(min=0.1)
+        centre = values.mean(1) + torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
+        norm.running_mean.copy_(centre)
+        norm.running_var.copy_(spread * (torch.rand(spread.shape, generator=generator) + 0.5))
+
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+    handles_of = {norm: norm.register_forward_pre_hook(settle) for norm in norms}
     if norms:
         with torch.no_grad():
-            inputs.run(model.train())
-    generator = torch.Generator().manual_seed(1)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        spread = norm.running_var.clamp(min=0.1)
-        norm.running_mean += torch.randn(spread.shape, generator=generator) * 0.3 * spread.sqrt()
-        norm.running_var = spread * (torch.rand(spread.shape, generator=generator) + 0.5)
+            inputs.run(model.eval())
+    for handle in handles_of.values():
+        handle.remove()
     model.eval()
 
 
@@ -112,7 +119,8 @@ def build(name: str) -> Example:
     kind = next((kind for kind in (name, name.partition("_")[0]) if kind in SHAPES), "")
     shape = SHAPES.get(kind, (1, 3, 64, 64))
     larger = shape if kind in ONE_SIZE else (*shape[:-2], shape[-2] + 32, shape[-1] + 32)
-    many = (8 if shape[-1] < 224 and len(shape) == 4 else 2, *shape[1:])
+    # Statistics of few pictures fit these and no others, a bit more in each norm behind another.
+    many = (64 if shape[-1] < 224 and len(shape) == 4 else 2, *shape[1:])
     settle_norms(model, _example(name, many))
     return Example(model=model, inputs=_example(name, shape), other=_example(name, larger))
 

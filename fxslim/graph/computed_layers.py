@@ -7,6 +7,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fxslim.graph.weight_norms import find_weight_norms
+
 # What takes each kind of hook away.
 _REMOVERS: dict[type, tuple[str, str]] = {
     WeightNorm: ("weight norm", "torch.nn.utils.remove_weight_norm"),
@@ -16,13 +18,19 @@ _REMOVERS: dict[type, tuple[str, str]] = {
 
 
 def find_computed_layers(model: nn.Module) -> dict[str, str]:
-    """Why each such layer keeps its channels, and what to do about it.
+    """What computes the weights of each such layer, and how to make parameters of them.
 
     >>> net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
     >>> find_computed_layers(net)["0"].partition(":")[0]
     '0.weight is made by _WeightNorm'
     """
     return {name: reason for name, module in model.named_modules() if (reason := _reason(name, module))}
+
+
+def find_fixed_layers(model: nn.Module) -> dict[str, str]:
+    """Those of them that keep all channels: weight norm lets them go."""
+    followed = {norm.layer for norm in find_weight_norms(model)}
+    return {name: reason for name, reason in find_computed_layers(model).items() if name not in followed}
 
 
 def _reason(name: str, module: nn.Module) -> str:

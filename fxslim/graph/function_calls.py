@@ -4,23 +4,21 @@
 ATen no longer tells chunk from split, nor a size that was computed from one that was written down.
 """
 
-import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from fxslim.graph.tagged_sizes import Attribute, Extent, as_number, tagged
+from fxslim.graph.tagged_sizes import Extent, as_number, tagged
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 _WITH_SIZES = ("view", "reshape", "expand", "repeat", "tile", *_FACTORIES)
 _LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as")
@@ -40,7 +38,7 @@ _WITH_NUMBERS = frozenset(
 WHOLE = frozenset(
     """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _pack_padded_sequence
-    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward
+    _pad_packed_sequence bilinear instance_norm rms_norm local_response_norm multi_head_attention_forward _weight_norm
     """.split()
 )
 
@@ -134,32 +132,3 @@ def users_line() -> str:
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back  # type: ignore[assignment]
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else ""
-
-
-@contextlib.contextmanager
-def tagged_attributes(model: nn.Module) -> Iterator[None]:
-    """Put tagged ints in the place of the modules' int attributes, and of those in their tuples and lists."""
-    replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
-    try:
-        for module_name, module in model.named_modules():
-            attributes = vars(module)
-            for name, value in list(attributes.items()):
-                if name in _MODULE_INTERNALS:
-                    continue
-                stand_in = _stand_in(value, module_name, name)
-                if stand_in is not value:
-                    attributes[name] = stand_in
-                    replaced.append((attributes, name, stand_in, value))
-        yield
-    finally:
-        for attributes, name, stand_in, value in replaced:
-            if attributes.get(name) is stand_in:
-                attributes[name] = value
-
-
-def _stand_in(value: Any, module: str, name: str) -> Any:
-    if type(value) is int:
-        return tagged(value, Attribute(module=module, name=name))
-    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(tagged(item, Attribute(module=module, name=name, item=i)) for i, item in enumerate(value))
-    return value

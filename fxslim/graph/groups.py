@@ -117,7 +117,7 @@ def _names(slots: list[list[Slot]]) -> list[str]:
     seen: dict[str, int] = {}
     names = []
     for mine in slots:
-        name = next(slot.name.rpartition(".")[0] for slot in mine if slot.role == "producer")
+        name = next(owner(slot.name) for slot in mine if slot.role == "producer")
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx, nn
 
-from fxslim.graph.computed_layers import find_computed_layers
+from fxslim.graph.computed_layers import find_fixed_layers
 from fxslim.graph.conflicts import Conflict, Decisions
 from fxslim.graph.labels import FIXED, Ids, Labels, LabelSpace, along, compressed, fixed
 from fxslim.graph.recording import Recording, named_states
 from fxslim.graph.size_checks import SizeCheck
 from fxslim.graph.slots import LayerCall, Slot, SlotKey, owner
 from fxslim.graph.tagged_sizes import Expression
+from fxslim.graph.weight_norms import find_weight_norms
 
 Rule = Callable[["Propagation", fx.Node], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -124,7 +125,9 @@ class Propagation:
         self.masks: dict[str, list[str]] = {}
         # Why states stay whole, and why layers do whose weights are computed from others.
         self.whole: dict[str, str] = {}
-        self.computed = find_computed_layers(model)
+        self.computed = find_fixed_layers(model)
+        # Gains of weights under weight norm, by the weight's direction and dim; None where there is one for all.
+        self.gains = {norm.direction: (norm.gain, norm.dim) for norm in find_weight_norms(model)}
         for name in self.states:
             if (layer := owner(name)) in self.computed:
                 self._keep_whole(name, self.computed[layer])
@@ -148,7 +151,7 @@ class Propagation:
         long = [d for d, size in enumerate(shape) if size > 1]
         if len(long) == 1:
             return along(shape, long[0], self.slot(name, long[0]).ids)
-        if not long or name in self.whole or math.prod(shape) > MOST_ENTRIES:
+        if not long or name in self.whole or name in self.gains or math.prod(shape) > MOST_ENTRIES:
             self.freeze_state(name, node, f"{name} is a parameter used directly")
             return fixed(shape)
         self.reached.add(name)
@@ -199,7 +202,18 @@ class Propagation:
             self.uses.append((self._node, slot.key, slot.ids if ids is None else ids, blocks))
         for mask in self.masks.get(name, ()):
             self.slot(mask, dim, slot.ids if ids is None else ids, blocks=blocks)
+        if name in self.gains:
+            self._follow_gain(slot)
         return slot
+
+    def _follow_gain(self, slot: Slot) -> None:
+        """The gain of a weight loses the entries that the weight loses along its dim."""
+        gain, dim = self.gains[slot.name]
+        self.reached.add(gain)
+        if dim == slot.dim and slot.blocks == 1:
+            self.slot(gain, dim, slot.ids)
+        elif dim == slot.dim:
+            self.space.freeze(slot.ids, f"{gain} has one entry for inputs of all groups")
 
     def group(self, node: fx.Node, line: Ids, groups: int, reason: str) -> None:
         """An operator works on groups of channels: equally many stay in each, and none changes its group."""
@@ -306,7 +320,11 @@ class Propagation:
 
     def _take_masks(self, recording: Recording) -> None:
         """Masks follow their weights; one that the forward looks at besides can't, and both stay."""
-        used = {str(node.target) for node in recording.nodes if node.op == "get_attr" and node.users}
+        used = {str(n.target) for n in recording.nodes if n.op == "get_attr" and n.users and n not in recording.weights}
+        for direction, (gain, _) in self.gains.items():
+            for name in {gain, direction} & used:
+                for state in (gain, direction):
+                    self._keep_whole(state, f"the forward uses {name} besides the weight that is made of it")
         for mask, weight in recording.masks.items():
             if mask in used or mask in self.whole:
                 for name in (mask, weight):

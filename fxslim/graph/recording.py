@@ -15,16 +15,18 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fxslim.errors import TraceError
-from fxslim.graph.function_calls import CalledFunctions, tagged_attributes, users_line
+from fxslim.graph.function_calls import CalledFunctions, users_line
 from fxslim.graph.inputs import Inputs, output_tensors
 from fxslim.graph.masked_states import masked_state
 from fxslim.graph.model_state import HookState, ModelState
+from fxslim.graph.tagged_attributes import TaggedAttributes
 from fxslim.graph.tagged_sizes import NumbersRead, TaggedInt, noting_numbers
 from fxslim.graph.torch_switches import plain_forwards
+from fxslim.graph.weight_norms import find_weight_norms
 
 # Arguments that are written down as they are.
 _PLAIN = (int, float, str)
@@ -40,6 +42,9 @@ class _Recorder(TorchDispatchMode):
         self.states = {id(t): name for name, t in named_states(model)}
         # The weight that each mask was put on.
         self.masks: dict[str, str] = {}
+        # What stands for weights under weight norm.
+        self.weights: set[fx.Node] = set()
+        self.norms = {(norm.direction, norm.gain) for norm in find_weight_norms(model)}
         self.functions = CalledFunctions(self.node_of, self.take_whole)
         self.inside_whole = False
         self.module_stack = module_stack
@@ -98,8 +103,20 @@ class _Recorder(TorchDispatchMode):
         self._nodes[id(result)] = ref(result), self.node_of(weight)
         return result
 
+    def _is_normed(self, func: Any, args: Any) -> bool:
+        """Whether a function computes a weight under weight norm that is known by its layer."""
+        names = (self.states.get(id(value)) for value in args[:2])
+        return func is torch._weight_norm and tuple(names) in self.norms
+
     def take_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Write one operator for a function and nothing of what it runs."""
+        """Write one operator for a function and nothing of what it runs; a direction stands for the weight."""
+        if self._is_normed(func, args):
+            with _disable_current_modes():
+                result = func(*args, **kwargs)
+            name = self.states[id(args[0])]
+            self._remember(self._new_node("get_attr", name, name), result)
+            self.weights.add(self._nodes[id(result)][1])
+            return result
         inputs = self._written_down(args), {key: self._written_down(value) for key, value in kwargs.items()}
         self.inside_whole = True
         try:
@@ -150,7 +167,8 @@ class ModuleCall:
 class Recording:
     """The graph of one forward, the nodes of the model's inputs and outputs, and sizes that were used as numbers.
 
-    ``masks``: the weight that each mask was put on. ``calls``: those of the modules, in the order in which they ended.
+    ``masks``: the weight that each mask was put on. ``weights``: directions that stand for a weight under weight norm.
+    ``calls``: those of the modules, in the order in which they ended.
     ``again`` runs the same forward with other answers where it uses
     sizes as numbers.
     """
@@ -162,6 +180,7 @@ class Recording:
         outputs: list[fx.Node],
         numbers: list[TaggedInt],
         masks: dict[str, str],
+        weights: set[fx.Node],
         calls: list[ModuleCall],
         again: Callable[[tuple[int, ...]], "Recording"],
     ) -> None:
@@ -170,6 +189,7 @@ class Recording:
         self.outputs = outputs
         self.numbers = numbers
         self.masks = masks
+        self.weights = weights
         self.calls = calls
         self.again = again
 
@@ -226,7 +246,24 @@ def _tracked_modules(model: nn.Module, recorder: _Recorder, calls: list[ModuleCa
 
 
 def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers: tuple[int, ...] = ()) -> Recording:
-    """Run the model once and write down what it executes."""
+    """Run the model once and write down what it executes; again where it wrote to an object that modules share."""
+    untouched = set[int]()
+    while True:
+        tags = TaggedAttributes(model, untouched)
+        try:
+            made = _recorded(model, inputs, training, answers, tags)
+        except TraceError:
+            if not tags.written:
+                raise
+        else:
+            if not tags.written:
+                return made
+        untouched |= tags.written
+
+
+def _recorded(
+    model: nn.Module, inputs: Inputs, training: bool, answers: tuple[int, ...], tags: TaggedAttributes
+) -> Recording:
     example, inputs = inputs, inputs.copied()
     numbers = NumbersRead(answers, users_line)
     calls = list[ModuleCall]()
@@ -239,7 +276,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         input_nodes.append(node)
     with undisturbed(model, training), torch.no_grad(), _tracked_modules(model, recorder, calls):
         try:
-            with noting_numbers(numbers), tagged_attributes(model), recorder.functions, recorder:
+            with noting_numbers(numbers), tags, recorder.functions, recorder:
                 outputs = inputs.run(model)
         except Exception as error:
             mode = "train" if training else "eval"
@@ -257,6 +294,7 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool = False, answers:
         [found for found in made if found is not None],
         numbers.sizes,
         recorder.masks,
+        recorder.weights,
         calls,
         lambda other: record(model, example, training=training, answers=other),
     )

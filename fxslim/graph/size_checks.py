@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxslim.graph.computed_layers import find_computed_layers
+from fxslim.graph.computed_layers import find_fixed_layers
 from fxslim.graph.labels import Ids, Labels, LabelSpace
 from fxslim.graph.surgery.attributes import new_attributes
+from fxslim.graph.tagged_attributes import held_value
 from fxslim.graph.tagged_sizes import Attribute, Expression, Extent, evaluate, leaves, solve
+from fxslim.graph.weight_norms import layer_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class SizeCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class NewAttribute:
-    """An int attribute of the user's module (or one item of a tuple) that follows the channels."""
+    """An int that the user's module keeps (or one item of a tuple) and that follows the channels."""
 
     attribute: Attribute
     before: int
@@ -67,7 +69,7 @@ class NewSizes:
             return self.assigned[leaf]
         found = self._family(leaf.module).get(leaf.name)
         if found is None:
-            found = getattr(self.modules[leaf.module], leaf.name)
+            found = held_value(self.modules[leaf.module], leaf.name)
         return as_size(found if leaf.item is None else found[leaf.item])  # type: ignore[index]
 
     def is_derived(self, attribute: Attribute) -> bool:
@@ -96,15 +98,14 @@ class NewSizes:
     def _family(self, name: str) -> dict[str, object]:
         if name not in self._families:
             module = self.modules[name]
-            local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            prefix = name + "." if name else ""
+            local, prefix = layer_states(module), name + "." if name else ""
             new = {
-                n: torch.empty(self._state_shape(prefix + n), device="meta")
-                for n, _ in local
-                if prefix + n in self.states
+                n: torch.empty(self._state_shape(prefix + own), device="meta")
+                for n, (own, _) in local.items()
+                if prefix + own in self.states
             }
             whole = len(new) == len(local) and bool(local)
-            computed = "" in find_computed_layers(module)
+            computed = "" in find_fixed_layers(module)
             self._families[name] = new_attributes(module, new) if whole and not computed else {}
         return self._families[name]
 
@@ -133,7 +134,7 @@ class NewSizes:
         """The attributes of the user's modules that must change."""
         found = []
         for attribute, after in self.assigned.items():
-            value = getattr(self.modules[attribute.module], attribute.name)
+            value = held_value(self.modules[attribute.module], attribute.name)
             before = int(value if attribute.item is None else value[attribute.item])
             if before != after:
                 found.append(NewAttribute(attribute=attribute, before=before, after=after))

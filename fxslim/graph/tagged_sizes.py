@@ -18,7 +18,7 @@ from torch import fx
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """An int attribute of a module, or one item of a tuple or list attribute."""
+    """An int attribute of a module, or one item of a tuple or list; ``config.width`` is that of an object in it."""
 
     module: str
     name: str

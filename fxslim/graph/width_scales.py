@@ -159,6 +159,9 @@ class WidthScales:
         for recording in self.recordings:
             if not degrees.run(recording):
                 return False
+        if any(name in self.propagation.gains for name in degrees.names):
+            # Scaling a direction changes nothing.
+            return False
         wanted = [-math.log(self.changed[node] or math.nan) / degree for node, degree in degrees.reached.items()]
         if not wanted or max(wanted) - min(wanted) > 1e-12 or not math.isfinite(wanted[0]):
             return False

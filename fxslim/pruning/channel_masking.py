@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fxslim.graph.recording import named_states
+from fxslim.graph.slots import owner
 from fxslim.graph.surgery.cutting import Cut
-from fxslim.pruning.silencing import NormsOverKept, removed_entries
+from fxslim.graph.weight_norms import find_weight_norms
+from fxslim.pruning.removals import silent_entries
+from fxslim.pruning.silencing import NormsOverKept
 
 # Their vectors follow channels without mixing them.
 _MIXING_NOTHING = (_NormBase, _ConvNd, nn.Linear, nn.PReLU)
@@ -44,15 +47,11 @@ class ChannelMask:
 
     def __init__(self, model: nn.Module, cuts: tuple[Cut, ...]) -> None:
         self.cuts = cuts
-        self.removed: dict[str, list[Tensor]] = {}
         states = dict(named_states(model))
-        for cut in cuts:
-            if cut.name in states:
-                gone = removed_entries(cut, tuple(states[cut.name].shape))
-                self.removed.setdefault(cut.name, []).append(gone)
+        self.removed = silent_entries(cuts, states, find_weight_norms(model))
         self.mixes = any(
             (cut.name not in states or states[cut.name].dim() == 1)
-            and not isinstance(model.get_submodule(cut.name.rpartition(".")[0]), _MIXING_NOTHING)
+            and not isinstance(model.get_submodule(owner(cut.name)), _MIXING_NOTHING)
             for cut in cuts
         )
         self.handles: list[RemovableHandle] = []

@@ -23,7 +23,8 @@ from fxslim.graph.recording import Recording, named_states, undisturbed
 from fxslim.graph.slots import entry_sums
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.double_precision import double_copy
-from fxslim.pruning.silencing import removed_entries, silence
+from fxslim.pruning.removals import removed_entries
+from fxslim.pruning.silencing import silence
 
 # How far a constant may be from constant, in float64: upsampling rounds.
 SPREAD = 1e-11

@@ -16,7 +16,7 @@ from torch import nn
 from fxslim.errors import PlanError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph, trace
 from fxslim.graph.conflicts import Conflict
-from fxslim.graph.slots import Slot
+from fxslim.graph.slots import Slot, owner
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.planning import removal_plan
 from fxslim.pruning.pruning_plan import PruningPlan
@@ -30,9 +30,9 @@ def describe_cuts(cuts: tuple[Cut, ...], shapes: Mapping[str, tuple[int, ...]]) 
     """The desc of these cuts of parameters of these shapes."""
     desc: Desc = {}
     weights: dict[str, str] = {}
-    changed = {cut.name.rpartition(".")[0] for cut in cuts if cut.role != "follower"}
+    changed = {owner(cut.name) for cut in cuts if cut.role != "follower"}
     for cut in cuts:
-        layer = cut.name.rpartition(".")[0]
+        layer = owner(cut.name)
         if cut.name not in shapes:
             # The size of a norm without parameters follows by itself.
             continue
@@ -96,7 +96,7 @@ def _checked(desc: Any, graph: ChannelGraph) -> list[tuple[Slot, str, str]]:
         raise PlanError(f"desc is a {type(desc).__name__}, expected a dict of layers")
     places: dict[str, dict[str, Slot]] = {}
     for slot in sorted(graph.resolved.slots, key=lambda s: s.role == "follower"):
-        sides = places.setdefault(slot.name.rpartition(".")[0], {})
+        sides = places.setdefault(owner(slot.name), {})
         if slot.role != "follower" or not sides:
             sides.setdefault("output" if slot.role in _OUTPUTS else "input", slot)
     found = []

@@ -106,7 +106,7 @@ def _is_named(chosen: Any, name: str) -> bool:
 
 def _check_prunable(graph: ChannelGraph, names: set[str], argument: str) -> None:
     free = {name for group in graph.groups for name in group.layers("producer", "depthwise")}
-    holders = {name.rpartition(".")[0] for name in graph.state_shapes}
+    holders = {owner(name) for name in graph.state_shapes}
     for name in sorted(names - free):
         if name in holders:
             raise ConfigError(f"{argument}: {name} has no channels that can be removed:\n{graph.explain(name)}")

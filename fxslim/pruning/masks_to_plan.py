@@ -21,7 +21,7 @@ from fxslim.graph.conflicts import Conflict
 from fxslim.graph.inputs import Inputs, as_inputs
 from fxslim.graph.propagation import operator_name
 from fxslim.graph.recording import Recording, named_states, record
-from fxslim.graph.slots import Slot, entry_sums
+from fxslim.graph.slots import Slot, entry_sums, owner
 from fxslim.graph.surgery.cutting import Cut, cut_tensor
 from fxslim.pruning.allocation import Removals
 from fxslim.pruning.constant_folding import (
@@ -126,7 +126,7 @@ class _Readings:
         for slot in self.graph.resolved.slots:
             if slot.role != "consumer":
                 continue
-            layer = slot.name.rpartition(".")[0]
+            layer = owner(slot.name)
             values = consumed.get(slot.name, Consumed.never(len(slot.ids)))
             weight = states[slot.name].detach()
             is_read = (entry_sums(weight.abs(), slot) != 0).cpu()
@@ -239,7 +239,7 @@ def _notes(
         for c in classes[whole[slot.key] & kept[classes]].tolist():
             why = graph.resolved.reason(c) or reasons.get(c)
             why = why or "one must stay, and parts of equal size (groups, chunks) stay equal"
-            stay[slot.name.rpartition(".")[0], why] += 1
+            stay[owner(slot.name), why] += 1
     return [f"{layer}: {count} masked channels stay: {why}" for (layer, why), count in stay.items()]
 
 

@@ -185,6 +185,11 @@ def removal_plan(graph: ChannelGraph, kept: np.ndarray, arrangement: Arrangement
         notes=(
             *graph.notes,
             *(f"{name} was not reached by the example inputs: it stays" for name in graph.not_reached),
+            *(
+                f"{new.attribute} becomes {new.after} in a copy of its own; what others hold stays"
+                for new in arrangement.attributes
+                if "." in new.attribute.name
+            ),
         ),
         inputs=tuple(as_inputs(inputs)),
     )

@@ -23,6 +23,7 @@ from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.weight_norms import find_weight_norms
 from fxslim.graph.width_scales import Scaling
 from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
 from fxslim.plan.cut_fields import pack_cuts, unpack_cuts
@@ -36,6 +37,7 @@ from fxslim.pruning.plan_fields import (
     unpack_scalings,
     unpack_sizes,
 )
+from fxslim.pruning.removals import kept_norms, silent_entries
 from fxslim.pruning.repair.mending import UNREPAIRED, Mending
 from fxslim.pruning.repair.settings import Repair, pack_repair, unpack_repair
 from fxslim.pruning.scaling import renamed_scalings, scaled_values
@@ -218,7 +220,7 @@ class PruningPlan:
         mask = self._own_mask(inner, names)
         if mask is None:
             states = dict(named_states(inner))
-            for name, value in self._folded(inner, names).items():
+            for name, value in self._with_kept_norms(inner, names, self._folded(inner, names)).items():
                 states[name].data.copy_(value)
             mask = ChannelMask(inner, tuple(_renamed(self.cuts, names)))
             mask.attach(inner)
@@ -265,7 +267,17 @@ class PruningPlan:
 
     def _values(self, model: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
         """Full-size values that the cut model starts from where they are not the model's own."""
-        return scaled_values(model, renamed_scalings(self.scalings, names), self._folded(model, names))
+        values = scaled_values(model, renamed_scalings(self.scalings, names), self._folded(model, names))
+        return self._with_kept_norms(model, names, values)
+
+    def _with_kept_norms(
+        self, model: nn.Module, names: Mapping[str, str], values: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        norms = find_weight_norms(model)
+        if not norms:
+            return dict(values)
+        states = dict(named_states(model))
+        return kept_norms(norms, states, silent_entries(_renamed(self.cuts, names), states, norms), values)
 
     def verify(
         self, model: nn.Module, inputs: Any, *, at: Iterable[str] = (), train_inputs: Any = None

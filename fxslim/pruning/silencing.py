@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removed channels as zeros in the full-size model: which entries they are, and norms that leave them out."""
+"""Removed channels as zeros in the full-size model: the entries, and norms that leave them out."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
@@ -12,34 +13,35 @@ from torch.utils.hooks import RemovableHandle
 from fxslim.graph.recording import named_states
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.weight_norms import find_weight_norms, make_plain
 from fxslim.graph.written_norms import AVERAGES, channel_vectors
-
-
-def removed_entries(cut: Cut, shape: tuple[int, ...]) -> Tensor:
-    """True where a tensor of this shape loses entries; of its rank, so that it broadcasts to it.
-
-    >>> removed_entries(Cut(name="conv.weight", dim=0, keep=(0, 2)), (3, 1)).flatten()
-    tensor([False,  True, False])
-    """
-    gone = torch.ones(cut.blocks * shape[cut.dim], dtype=torch.bool)
-    gone[list(cut.keep)] = False
-    if cut.blocks > 1:
-        # Each block of output channels reads inputs of its own.
-        gone = gone.view(cut.blocks, shape[1]).repeat_interleave(shape[0] // cut.blocks, 0)
-        return gone.view(shape[0], shape[1], *[1] * (len(shape) - 2))
-    return gone.view([-1 if d == cut.dim else 1 for d in range(len(shape))])
+from fxslim.pruning.removals import kept_norms, silent_entries
 
 
 def silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
     """Set every entry that the cuts remove to 0."""
-    states = dict(named_states(model))
+    states, norms = dict(named_states(model)), find_weight_norms(model)
+    silent = silent_entries(cuts, states, norms)
     with torch.no_grad():
-        for cut in cuts:
-            state = states.get(cut.name)
-            if state is None:
-                # A norm without parameters has no values.
-                continue
-            state.masked_fill_(removed_entries(cut, tuple(state.shape)).to(state.device), 0)
+        for name, value in kept_norms(norms, states, silent, {}).items():
+            states[name].copy_(value)
+        for name, entries in silent.items():
+            for gone in entries:
+                states[name].masked_fill_(gone.to(states[name].device), 0)
+
+
+def with_plain_weights(model: nn.Module, cuts: Iterable[Cut]) -> list[Cut]:
+    """Make parameters of weights under weight norm that are cut, in place. The cuts, as those of the weights."""
+    cuts = list(cuts)
+    cut_names = {cut.name for cut in cuts}
+    for norm in find_weight_norms(model):
+        if norm.direction not in cut_names:
+            continue
+        make_plain(model.get_submodule(norm.layer))
+        weight = f"{norm.layer}.{norm.weight}".lstrip(".")
+        mine = [dataclasses.replace(cut, name=weight) for cut in cuts if cut.name == norm.direction]
+        cuts = [cut for cut in cuts if cut.name not in (norm.gain, norm.direction)] + mine
+    return cuts
 
 
 class NormsOverKept(TorchFunctionMode):

@@ -20,7 +20,7 @@ from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.pruning.double_precision import double_copy
 from fxslim.pruning.observed_runs import MODEL, Observation, modules_at, observe
-from fxslim.pruning.silencing import NormsOverKept, silence
+from fxslim.pruning.silencing import NormsOverKept, silence, with_plain_weights
 
 # Relative to the largest output of the twin.
 TOLERANCE = 1e-9
@@ -159,12 +159,14 @@ def verify_cuts(
     """
     at = modules_at(model, at)
     original, twin, pruned = (double_copy(model) for _ in range(3))
-    silence(twin, cuts if zeros is None else zeros)
+    # The twin's own weights, so that a wrong gain in the pruned model is seen.
+    silent = with_plain_weights(twin, cuts if zeros is None else zeros)
+    silence(twin, silent)
     try:
         Surgery(pruned, cuts, new_sizes=new_sizes, values=values).commit(Changes())
     except Exception as error:
         return _broken(f"the cuts can't be made: {type(error).__name__}: {error}")
-    norms = NormsOverKept(twin, cuts if zeros is None else ())
+    norms = NormsOverKept(twin, silent if zeros is None else ())
     comparison = _Comparison()
     runs = [(example, False) for example in as_inputs(inputs)]
     runs += [(example, True) for example in ([] if train_inputs is None else as_inputs(train_inputs))]

@@ -38,18 +38,12 @@ def remove_parametrization(layer: nn.Module) -> None:
 
 
 KINDS = {
-    "weight norm": (
-        hooked("weight_norm"), "call torch.nn.utils.remove_weight_norm on body.1", nn.utils.remove_weight_norm,
-    ),
     "spectral norm": (
         hooked("spectral_norm"), "call torch.nn.utils.remove_spectral_norm on body.1", nn.utils.remove_spectral_norm,
     ),
     "masked": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "call torch.nn.utils.prune.remove on body.1",
         lambda layer: prune.remove(layer, "weight"),
-    ),
-    "parametrized weight norm": (
-        parametrizations.weight_norm, "is made by _WeightNorm: call torch.nn.utils.parametrize", remove_parametrization,
     ),
     "parametrized spectral norm": (
         parametrizations.spectral_norm, "is made by _SpectralNorm: call torch.nn.utils.parametrize",

@@ -114,9 +114,12 @@ class Interrupter:
         return False
 
 
-def test_an_interrupt_at_each_line_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small parameters are put back in the way of large ones.
+@pytest.mark.parametrize("apart", [True, False])
+def test_an_interrupt_at_each_line_changes_nothing(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small parameters are put back in the way of large ones, also the one that is most of the model.
     monkeypatch.setattr(cutting, "_LARGE", 256)
+    if apart:
+        monkeypatch.setattr(cutting.Surgery, "_most_of_all", lambda self: "")
     model, optimizer, plan = in_training("adam")
     old_loss = model.eval()(X).square().sum()
     model.train()

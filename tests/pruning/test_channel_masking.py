@@ -10,7 +10,7 @@ from torch import nn
 
 import fxslim
 from fxslim import PlanError, UnsupportedLayerError
-from fxslim.pruning.silencing import removed_entries
+from fxslim.pruning.removals import removed_entries
 from tests.graph.random_networks import RandomNetwork, randomise
 from tests.pruning.small_models import assert_unchanged, small, snapshot
 from tests.pruning.test_atomic_apply import HiddenSize

@@ -25,6 +25,9 @@ def random_case(seed: int) -> tuple[nn.Module, list[Cut]]:
         value = value.transpose(0, 1).contiguous().transpose(0, 1)
     model = nn.Module()
     model.weight = nn.Parameter(value)
+    if pick.random() < 0.8:
+        # Else it is most of the model, which is not taken apart.
+        model.rest = nn.Parameter(torch.zeros_like(value))
     cuts = []
     if blocks > 1:
         kept = pick.randint(1, shape[1])

@@ -22,11 +22,13 @@ from fxslim.graph.size_checks import NewAttribute
 from fxslim.graph.surgery.attributes import new_attributes, new_size
 from fxslim.graph.surgery.changes import Changes, replace_data
 from fxslim.graph.surgery.old_graphs import OldGraphs
+from fxslim.graph.surgery.user_attributes import changed_attributes
 from fxslim.graph.unweighted_norms import find_unweighted_norms
+from fxslim.graph.weight_norms import hooked_weights, layer_states
 
 # Elements that are cut at a time.
 _PIECE = 1 << 20
-# Smaller parameters are kept as they were until a plan is applied.
+# Smaller parameters are kept as they were until a plan is applied, and so is one that is most of the model.
 _LARGE = 1 << 14
 
 
@@ -212,7 +214,14 @@ class Surgery:
         self.given = {name: cut_tensor(value, self.cuts[name]) for name, value in given.items()}
         grads = {name: grad for name in self.cuts if (grad := self.states[name].grad) is not None}
         self.grads = {name: cut_tensor(grad, self.cuts[name]) for name, grad in grads.items()}
-        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *_user_attributes(model, new_sizes)]
+        self.attributes = [*self._attributes(model), *_cut_sizes(model, sizes), *changed_attributes(model, new_sizes)]
+        cut_ids = {id(self.states[name]) for name in self.cuts}
+        self.hooked = [
+            module
+            for module in model.modules()
+            if hooked_weights(module)
+            and not cut_ids.isdisjoint(id(state) for _, state in layer_states(module).values())
+        ]
         self.recurrent = {module for module, _, _ in self.attributes if isinstance(module, nn.RNNBase)}
         self.old_graphs = OldGraphs({name: self.states[name] for name in self.cuts})
 
@@ -223,17 +232,19 @@ class Surgery:
         }
         changes = []
         for module in model.modules():
-            local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            if any(id(state) in new for _, state in local):
-                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local})
+            local = {name: state for name, (_, state) in layer_states(module).items()}
+            if any(id(state) in new for state in local.values()):
+                values = new_attributes(module, {name: new.get(id(state), state) for name, state in local.items()})
                 changes += [(module, key, value) for key, value in values.items() if getattr(module, key) != value]
         return changes
 
     def commit(self, changes: Changes) -> None:
         """Put the new tensors and attributes in."""
-        for name, cuts in self.cuts.items():
-            state, grad = self.states[name], self.grads.get(name)
-            if name in self.given or not _is_taken_apart(state):
+        most = self._most_of_all()
+        # Last: when the others are done, nothing else needs memory besides.
+        for name in sorted(self.cuts, key=lambda name: name == most):
+            state, grad, cuts = self.states[name], self.grads.get(name), self.cuts[name]
+            if name in self.given or name == most or not _is_taken_apart(state):
                 data = self.given[name] if name in self.given else cut_tensor(state, cuts)
                 changes.replace_data(state, data, grad)
             else:
@@ -241,11 +252,23 @@ class Surgery:
                 changes.make(functools.partial(cut.make, grad), cut.restore)
         for module, key, value in self.attributes:
             changes.set_attribute(module, key, value)
+        for module in self.hooked:
+            for key, value in hooked_weights(module).items():
+                changes.set_attribute(module, key, value)
         for layer in self.recurrent:
             # On a GPU its weights must lie in one piece of memory; the parameters bring their old pieces back.
             changes.make(layer.flatten_parameters, _nothing)
         for kept, key, tensor in self.optimizer_tensors:
             changes.set_item(kept, key, tensor)
+
+    def _most_of_all(self) -> str:
+        """The parameter that is more than half of the model, if one is.
+
+        To take it apart it would be in memory twice for a moment; whole as it was and what stays of it is less.
+        """
+        sizes = {name: state.numel() * state.element_size() for name, state in self.states.items()}
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        return largest if 2 * sizes.get(largest, 0) > sum(sizes.values()) else ""
 
     def close_old_graphs(self, changes: Changes) -> None:
         """The last change: losses from before can't be walked backward any more."""
@@ -276,41 +299,6 @@ def _cut_optimizer(
                     "it can't be cut; make the optimizer after pruning"
                 )
     return found
-
-
-def _user_attributes(model: nn.Module, new_sizes: Sequence[NewAttribute]) -> list[tuple[nn.Module, str, Any]]:
-    """Sizes that the user's modules keep for themselves, as whole attributes."""
-    values: dict[tuple[nn.Module, str], Any] = {}
-    modules = dict(model.named_modules())
-    inside = {_without_wrapper(name): module for name, module in modules.items()}
-    for new in new_sizes:
-        name, item = new.attribute.name, new.attribute.item
-        near = (modules.get(new.attribute.module), inside.get(_without_wrapper(new.attribute.module)))
-        owners = [owner for owner in near if owner is not None]
-        found = [values.get((owner, name), getattr(owner, name, None)) for owner in owners]
-        sizes = [_size_in(value, item) for value in found]
-        if new.before not in sizes:
-            raise PlanError(
-                f"the plan does not fit this model: {new.attribute} is {sizes[0] if sizes else None}, "
-                f"the plan was made for {new.before}"
-            )
-        owner, old = owners[sizes.index(new.before)], found[sizes.index(new.before)]
-        after: Any = new.after
-        if item is not None:
-            assert isinstance(old, tuple | list)
-            after = type(old)([*old[:item], after, *old[item + 1 :]])
-        values[owner, name] = after
-    return [(module, name, value) for (module, name), value in values.items()]
-
-
-def _without_wrapper(name: str) -> str:
-    return (name + ".").removeprefix("module.").removeprefix("_orig_mod.")[:-1]
-
-
-def _size_in(value: Any, item: int | None) -> Any:
-    if item is None:
-        return value
-    return value[item] if isinstance(value, tuple | list) and item < len(value) else None
 
 
 def _cut_sizes(model: nn.Module, cuts: Mapping[str, list[Cut]]) -> list[tuple[nn.Module, str, Any]]:

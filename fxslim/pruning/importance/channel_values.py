@@ -36,6 +36,8 @@ class _Watch(TorchDispatchMode):
         self.sums = {slot.key: np.zeros(len(slot.ids)) for slot in self.slots}
         self.counts = {slot.key: np.zeros(len(slot.ids)) for slot in self.slots}
         self.names = {id(state): name for name, state in context.states.items()}
+        # Multiplied with a gain over a norm, where torch does not do it in one.
+        self.directions = context.gains.keys()
         self.alive: list[Tensor] = []
         self.by_memory: dict[int, list[Slot]] = {}
         for slot in self.slots:
@@ -43,10 +45,13 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        masked = masked_state(func, args, self.names)
+        masked, name = masked_state(func, args, self.names), func.overloadpacket.__name__
         if masked is not None:
-            self._follow_mask(masked[0], result)
-        name = func.overloadpacket.__name__
+            self._stands_for(masked[0], result)
+        elif name == "_weight_norm_interface":
+            self._stands_for(args[0], result[0])
+        elif name == "mul" and self.names.get(id(args[0])) in self.directions:
+            self._stands_for(args[0], result)
         if name == "convolution":
             self._see_convolution(args[0], args[1], result)
         elif name in PRODUCTS:
@@ -57,8 +62,8 @@ class _Watch(TorchDispatchMode):
             self._see_product(left, left.dim() - 1, (right, vector), (result, result.dim() - row))
         return result
 
-    def _follow_mask(self, weight: Tensor, result: Tensor) -> None:
-        """A masked weight stands for the weight; kept alive, since memory that is free is given out again."""
+    def _stands_for(self, weight: Tensor, result: Tensor) -> None:
+        """A masked or computed weight stands for the parameter; kept alive, so that its memory is not reused."""
         slots = self.by_memory.get(weight.untyped_storage()._cdata)
         if slots:
             self.by_memory[result.untyped_storage()._cdata] = slots

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a criterion is: it looks at a context and gives a number for each class of channels."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fxslim.batches import Data
@@ -14,6 +15,7 @@ from fxslim.errors import ConfigError, unknown_name
 from fxslim.graph.channel_graph import ChannelGraph
 from fxslim.graph.recording import named_states
 from fxslim.graph.slots import Slot
+from fxslim.graph.weight_norms import computed_weight, norms_of
 
 
 class Importance:
@@ -49,14 +51,31 @@ class Context:
         return dict(named_states(self.model))
 
     def values_of(self, name: str) -> Tensor:
-        """A parameter or buffer, which must have values; a masked weight as its layer computes with it."""
+        """A parameter or buffer, which must have values; a masked or computed weight as its layer computes with it."""
         state = self.states[name]
         if state.is_meta:
             raise ConfigError(f"importance needs values, but {name} is on the meta device: use importance='random'")
         value = state.detach()
         for mask in self.graph.arranger.propagation.masks.get(name, ()):
             value = value * self.states[mask]
+        if name in self.gains:
+            gain, dim = self.gains[name]
+            value = computed_weight(self.states[gain].detach(), value, dim).to(value.dtype)
         return value
+
+    @property
+    def gains(self) -> dict[str, tuple[str, int | None]]:
+        """The gains of weights under weight norm, and their dims, by the names of the weights' directions."""
+        return self.graph.arranger.propagation.gains
+
+    def with_gradient(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Each entry of a weight times the gradient of that entry, in float32 at least."""
+        value, gradient = wide(self.states[name].detach()), wide(gradients[name])
+        if name not in self.gains:
+            return wide(self.values_of(name)) * gradient
+        gain, dim = self.gains[name]
+        along = (value.double() / norms_of(value, dim)).square().to(value.dtype)
+        return value * gradient + along * (wide(self.states[gain].detach()) * wide(gradients[gain]))
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -104,6 +123,11 @@ class Context:
                     f"group {group.name}: {len(missing)} of its {len(group)} channels {what_is_missing}; "
                     f"skip={makers} leaves them whole, importance='l2' ranks all"
                 )
+
+
+def wide(values: Tensor) -> Tensor:
+    """Products of half precision would lose small numbers."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class Holding:

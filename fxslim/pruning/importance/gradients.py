@@ -99,10 +99,11 @@ class GradientImportance(WeightImportance):
             slots.setdefault(slot.name, []).append(slot)
         sums: dict[str, list[np.ndarray]] = {}
         num_samples = 0
-        for gradients in sample_gradients(context, self.name, slots, self.per):
+        gains = [context.gains[name][0] for name in slots if name in context.gains]
+        for gradients in sample_gradients(context, self.name, [*slots, *gains], self.per):
             num_samples += 1
-            for name, gradient in gradients.items():
-                product = _widened(context.values_of(name)) * _widened(gradient)
+            for name in [name for name in slots if name in gradients]:
+                product = context.with_gradient(name, gradients)
                 terms = [self.of_sample(product, slot, context) for slot in slots[name]]
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(terms)), terms, strict=True)]
         for name, found in sums.items():
@@ -113,8 +114,3 @@ class GradientImportance(WeightImportance):
                         f"{int((~np.isfinite(values)).sum())} of {len(values)} channels: mend weights, data or loss"
                     )
                 yield SlotValue(slot=slot, values=values / num_samples)
-
-
-def _widened(values: Tensor) -> Tensor:
-    """Products of half precision would lose small numbers."""
-    return values if values.dtype == torch.float64 else values.float()

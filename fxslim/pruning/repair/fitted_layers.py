@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.graph.recording import named_states
+from fxslim.graph.slots import owner
 from fxslim.graph.surgery.cutting import Cut
 from fxslim.pruning.repair.sampled_rows import Fitted
 
@@ -86,7 +87,7 @@ def find_fits(
     for cut in cuts:
         if cut.role != "consumer":
             continue
-        name, _, attribute = cut.name.rpartition(".")
+        name, attribute = owner(cut.name), cut.name.rpartition(".")[2]
         layer = modules.get(name)
         reason = _reason(layer, attribute, cut, uses)
         if reason is None and layer is not None and layer.bias is not None:
@@ -96,14 +97,16 @@ def find_fits(
             assert isinstance(layer, Fitted)
             reason = _add_fit(fits, LayerFit(name=name, layer=layer, cut=cut, columns=0, taps=1), inputs, limit_bytes)
         if reason is not None:
-            told[name if attribute == "weight" else cut.name] = reason
+            told[name if attribute == "weight" or isinstance(layer, Fitted) else cut.name] = reason
     return fits, told
 
 
 def _reason(layer: nn.Module | None, attribute: str, cut: Cut, uses: Counter[int]) -> str | None:
     """Why a layer can't be refitted."""
-    if not isinstance(layer, Fitted) or attribute != "weight":
+    if not isinstance(layer, Fitted):
         return f"least squares knows Conv1d, Conv2d, Conv3d and Linear, not {type(layer).__name__}"
+    if attribute != "weight":
+        return f"its weight is computed from {attribute}"
     if any(uses[id(p)] > 1 for p in (layer.weight, layer.bias) if p is not None):
         return "its weight or bias is shared with another layer"
     if not layer.weight.is_floating_point():
