@@ -38,8 +38,9 @@ struct Constants {
   const int32_t* start;  // filled up to whole panels
 };
 
-// Pixels are worked on in ranges: what they read stays in the second-level cache for all parts of the sum.
-constexpr int64_t kRange = 96;
+// Pixels are worked on in ranges of at most so many: what they read stays in the second-level cache for all parts of the
+// sum.
+constexpr int64_t kRange = 128;
 // Bytes of weights that stay in the first-level cache while a range goes by.
 constexpr int64_t kPart = 16384;
 
@@ -58,10 +59,14 @@ class BlockSum {
         weights(static_cast<const Weight*>(packed.blocks.const_data_ptr())),
         places(static_cast<const int32_t*>(packed.places.const_data_ptr())),
         starts(static_cast<const int32_t*>(packed.starts.const_data_ptr())),
-        of_filters(of_filters_), relu(relu_), output(output_) {}
+        of_filters(of_filters_), relu(relu_), output(output_) {
+    // Ranges are alike: a last one of few pixels would read all weights for them.
+    const int64_t ranges = (conv.pixels() + kRange - 1) / kRange, even = (conv.pixels() + ranges - 1) / ranges;
+    range_size = std::min(kRange, (even + Kernel::kPixels - 1) / Kernel::kPixels * Kernel::kPixels);
+  }
 
   void run() const {
-    const int64_t ranges = (conv.pixels() + kRange - 1) / kRange;
+    const int64_t ranges = (conv.pixels() + range_size - 1) / range_size;
     torch::stable::parallel_for(0, ranges * conv.over_filters, 1, [&](int64_t first, int64_t last) {
       // What is fetched ahead of the last pixels lies behind them.
       std::vector<const In*> rows(conv.positions() * kRange + Kernel::kPixels);
@@ -88,12 +93,13 @@ class BlockSum {
   Constants of_filters;
   bool relu;
   float* output;
+  int64_t range_size;
 
   bool ends_inside() const { return conv.cout % kPanel != 0 || conv.num_out % conv.cout != 0; }
-  int64_t range_end(int64_t range) const { return std::min(conv.pixels(), (range + 1) * kRange); }
+  int64_t range_end(int64_t range) const { return std::min(conv.pixels(), (range + 1) * range_size); }
 
   void find_rows(int64_t range, const In** rows) const {
-    const int64_t begin = range * kRange;
+    const int64_t begin = range * range_size;
     int64_t ox = begin % conv.out_w, oy = begin / conv.out_w % conv.out_h, n = begin / (conv.out_w * conv.out_h);
     for (int64_t p = 0; p < range_end(range) - begin; ++p) {
       const int64_t y = oy * conv.stride_h - conv.top, x = ox * conv.stride_w - conv.left;
@@ -110,7 +116,7 @@ class BlockSum {
   }
 
   void add_filters(int64_t range, int64_t g, const In* const* rows, float* aside, float* constants) const {
-    const int64_t begin = range * kRange, pixels = range_end(range) - begin, width = conv.panels * kPanel;
+    const int64_t begin = range * range_size, pixels = range_end(range) - begin, width = conv.panels * kPanel;
     const int64_t filters = std::min(conv.cout, conv.num_out - g * conv.cout);
     const bool direct = filters == width;
     float *factors = constants, *biases = constants + width;
