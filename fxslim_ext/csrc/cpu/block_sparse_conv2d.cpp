@@ -31,17 +31,6 @@ struct Portable {
 };
 
 #if FXSLIM_X86
-// What the next block, or that of the next pixels, reads lies in no order that the processor foresees.
-template <int64_t Pixels>
-FXSLIM_INLINE inline void fetch_next(const FloatTile& t, int64_t b) {
-  const bool more = b + 1 < t.count;
-  const int32_t* place = t.places + (more ? 2 * b + 2 : 0);
-  const float* const* rows = t.rows + place[1] * t.row_step + (more ? 0 : Pixels);
-  const int64_t at = place[0] * t.cin;
-  for (int64_t i = 0; i < Pixels; ++i)
-    for (int64_t k = 0; k < 32; k += 16) __builtin_prefetch(rows[i] + at + k);
-}
-
 // Three pixels and two panels read least for a product, and share what they read with the next panels least often.
 struct Avx2 {
   using In = float;

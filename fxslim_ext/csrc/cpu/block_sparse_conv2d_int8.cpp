@@ -173,6 +173,7 @@ struct Avx2 : Shorts {
       const int8_t* w = t.weights + b * t.block_step;
 #pragma GCC unroll 6
       for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      fetch_next<Pixels>(t, b);
       for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad)
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
@@ -222,6 +223,7 @@ struct Avx2Bytes : Bytes {
       const int8_t* w = t.weights + b * t.block_step;
 #pragma GCC unroll 6
       for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      fetch_next<Pixels>(t, b);
       for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
         const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
@@ -270,6 +272,7 @@ struct Avx512 : Shorts {
       const int8_t* w = t.weights + b * t.block_step;
 #pragma GCC unroll 6
       for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      fetch_next<Pixels>(t, b);
       for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad)
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
@@ -319,6 +322,7 @@ struct Avx512Vnni : Bytes {
       const int8_t* w = t.weights + b * t.block_step;
 #pragma GCC unroll 6
       for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      fetch_next<Pixels>(t, b);
       for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad) {
         __m512i weights[Panels];
 #pragma GCC unroll 4

@@ -32,6 +32,18 @@ struct Tile {
   bool first, last, relu;
 };
 
+// What the next block, or that of the next pixels, reads lies in no order that the processor foresees: 32 channels of it.
+template <int64_t Pixels, class In, class Weight>
+FXSLIM_INLINE inline void fetch_next(const Tile<In, Weight>& t, int64_t b) {
+  const bool more = b + 1 < t.count;
+  const int32_t* place = t.places + (more ? 2 * b + 2 : 0);
+  const In* const* rows = t.rows + place[1] * t.row_step + (more ? 0 : Pixels);
+  const int64_t at = place[0] * t.cin;
+  constexpr int64_t kLine = 64 / sizeof(In);
+  for (int64_t i = 0; i < Pixels; ++i)
+    for (int64_t k = 0; k < 32; k += kLine) __builtin_prefetch(rows[i] + at + k);
+}
+
 // What belongs to each filter; null where there is none.
 struct Constants {
   const float *factor, *bias;
