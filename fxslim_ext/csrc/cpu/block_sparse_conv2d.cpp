@@ -17,12 +17,11 @@ struct Portable {
     for (int64_t i = 0; i < Pixels; ++i)
       for (int64_t o = 0; o < kPanel; ++o) sums[i][o] = t.first ? t.bias[o] : t.sums[i * t.sum_step + o];
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const float* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const float* w = t.weights + b * t.block_step;
-      for (int64_t k = 0; k < depth; ++k, w += kPanel)
+      const BlockOfTile block(t, b);
+      const float* w = block.weights;
+      for (int64_t k = 0; k < block.depth; ++k, w += kPanel)
         for (int64_t i = 0; i < Pixels; ++i)
-          for (int64_t o = 0; o < kPanel; ++o) sums[i][o] += rows[i][at + k] * w[o];
+          for (int64_t o = 0; o < kPanel; ++o) sums[i][o] += block.rows[i][block.at + k] * w[o];
     }
     for (int64_t i = 0; i < Pixels; ++i)
       for (int64_t o = 0; o < kPanel; ++o)
@@ -47,13 +46,12 @@ struct Avx2 {
       for (int64_t v = 0; v < 2 * Panels; ++v)
         sums[i][v] = _mm256_loadu_ps((t.first ? t.bias : t.sums + i * t.sum_step) + v * 8);
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const float* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const float* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const float* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; ++k, w += kPanel) {
+      for (int64_t k = 0; k < block.depth; ++k, w += kPanel) {
         __m256 value[Pixels];
 #pragma GCC unroll 6
         for (int64_t i = 0; i < Pixels; ++i) value[i] = _mm256_broadcast_ss(x[i] + k);
@@ -91,13 +89,12 @@ struct Avx512 {
       for (int64_t p = 0; p < Panels; ++p)
         sums[i][p] = _mm512_loadu_ps((t.first ? t.bias : t.sums + i * t.sum_step) + p * kPanel);
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const float* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const float* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const float* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; ++k, w += kPanel) {
+      for (int64_t k = 0; k < block.depth; ++k, w += kPanel) {
         __m512 weights[Panels];
 #pragma GCC unroll 4
         for (int64_t p = 0; p < Panels; ++p) weights[p] = _mm512_loadu_ps(w + p * t.panel_step);

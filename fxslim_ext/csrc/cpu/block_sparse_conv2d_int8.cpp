@@ -104,12 +104,11 @@ struct Portable : Shorts {
     if (!t.first)
       for (int64_t i = 0; i < Pixels; ++i) std::memcpy(sums[i], t.sums + i * t.sum_step, sizeof sums[i]);
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const int16_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const int8_t* w = t.weights + b * t.block_step;
-      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad)
+      const BlockOfTile block(t, b);
+      const int8_t* w = block.weights;
+      for (int64_t k = 0; k < block.depth; k += kQuad, w += kPanel * kQuad)
         for (int64_t i = 0; i < Pixels; ++i) {
-          const int16_t* x = rows[i] + at + k;
+          const int16_t* x = block.rows[i] + block.at + k;
           for (int64_t o = 0; o < kPanel; ++o) {
             const int8_t* v = w + o * kQuad;
             sums[i][o] += x[0] * v[0] + x[1] * v[2] + x[2] * v[1] + x[3] * v[3];
@@ -168,13 +167,12 @@ struct Avx2 : Shorts {
         sums[i][v] = t.first ? _mm256_setzero_si256()
                              : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(t.sums + i * t.sum_step + v * 8));
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const int16_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const int8_t* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const int8_t* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad)
+      for (int64_t k = 0; k < block.depth; k += kQuad, w += kPanel * kQuad)
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
           __m256i weights[2];
@@ -218,13 +216,12 @@ struct Avx2Bytes : Bytes {
             t.first ? reinterpret_cast<const __m256i*>(t.start + v * 8)
                     : reinterpret_cast<const __m256i*>(t.sums + i * t.sum_step + v * 8));
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const uint8_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const int8_t* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const int8_t* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad) {
+      for (int64_t k = 0; k < block.depth; k += kQuad, w += kPanel * kQuad) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
         const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
 #pragma GCC unroll 6
@@ -267,13 +264,12 @@ struct Avx512 : Shorts {
       for (int64_t p = 0; p < Panels; ++p)
         sums[i][p] = t.first ? _mm512_setzero_si512() : _mm512_loadu_si512(t.sums + i * t.sum_step + p * kPanel);
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const int16_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const int8_t* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const int8_t* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad)
+      for (int64_t k = 0; k < block.depth; k += kQuad, w += kPanel * kQuad)
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
           __m512i weights[Panels];
@@ -317,13 +313,12 @@ struct Avx512Vnni : Bytes {
         sums[i][p] = t.first ? _mm512_loadu_si512(t.start + p * kPanel)
                              : _mm512_loadu_si512(t.sums + i * t.sum_step + p * kPanel);
     for (int64_t b = 0; b < t.count; ++b) {
-      const int64_t at = t.places[2 * b] * t.cin, depth = std::min(t.cin, t.row - at);
-      const uint8_t* const* rows = t.rows + t.places[2 * b + 1] * t.row_step;
-      const int8_t* w = t.weights + b * t.block_step;
+      const BlockOfTile block(t, b);
+      const int8_t* w = block.weights;
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < Pixels; ++i) x[i] = rows[i] + at;
+      for (int64_t i = 0; i < Pixels; ++i) x[i] = block.rows[i] + block.at;
       fetch_next<Pixels>(t, b);
-      for (int64_t k = 0; k < depth; k += kQuad, w += kPanel * kQuad) {
+      for (int64_t k = 0; k < block.depth; k += kQuad, w += kPanel * kQuad) {
         __m512i weights[Panels];
 #pragma GCC unroll 4
         for (int64_t p = 0; p < Panels; ++p) weights[p] = _mm512_loadu_si512(w + p * t.panel_step);

@@ -32,6 +32,18 @@ struct Tile {
   bool first, last, relu;
 };
 
+// One block of a tile: pixel i reads `depth` values from rows[i] + at.
+template <class In, class Weight>
+struct BlockOfTile {
+  const In* const* rows;
+  int64_t at, depth;
+  const Weight* weights;
+
+  FXSLIM_INLINE BlockOfTile(const Tile<In, Weight>& t, int64_t b)
+      : rows(t.rows + t.places[2 * b + 1] * t.row_step), at(t.places[2 * b] * t.cin),
+        depth(std::min(t.cin, t.row - at)), weights(t.weights + b * t.block_step) {}
+};
+
 // What the next block, or that of the next pixels, reads lies in no order that the processor foresees: 32 channels of it.
 template <int64_t Pixels, class In, class Weight>
 FXSLIM_INLINE inline void fetch_next(const Tile<In, Weight>& t, int64_t b) {
