@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule by which a layer stays dense: where skipping its zero blocks would be slower than torch's own kernels."""
 
+from dataclasses import dataclass
+
 import torch
 
 from fxslim.kernels.block_sparse_convolution import KERNEL_DTYPES
 
-# Set by `python -m benchmarks.kernels.block_sparse`, which times layers beside torch's dense ones.
-# Fewer zero blocks than this do not pay, of float weights and of bytes.
-LEAST_ZERO = {torch.float32: 0.15, torch.bfloat16: 0.15, torch.float16: 0.15, torch.int8: 0.15}
-# Fewer channels than this do not fill the kernel's registers.
-LEAST_INPUTS = 32
-LEAST_FILTERS = 16
+
+@dataclass(frozen=True, kw_only=True)
+class Least:
+    """What a layer must have so that skipping pays: a fraction of zero blocks, input channels, filters."""
+
+    zero: float
+    inputs: int
+    filters: int
+
+
+# Set by `python -m benchmarks.kernels.sparse_rule`, which times deployed layers beside dense ones. Fewer filters than
+# two panels leave registers of the float kernel empty; dense kernels of bytes are slower, so those pay earlier.
+_OF_FLOATS = Least(zero=0.15, inputs=32, filters=32)
+LEAST = {
+    torch.float32: _OF_FLOATS,
+    torch.bfloat16: _OF_FLOATS,
+    torch.float16: _OF_FLOATS,
+    torch.int8: Least(zero=0.15, inputs=16, filters=8),
+}
 
 
 def why_dense(shape: tuple[int, ...], kept: float, dtype: torch.dtype, device: str = "cpu") -> str:
@@ -24,10 +39,11 @@ def why_dense(shape: tuple[int, ...], kept: float, dtype: torch.dtype, device: s
     kernels = (torch.int8,) if dtype == torch.int8 and device == "cpu" else KERNEL_DTYPES.get(device, ())
     if dtype not in kernels:
         return f"no block-sparse kernel for {dtype} on {device}"
-    if 1 - kept < LEAST_ZERO[dtype]:
-        return f"{1 - kept:.0%} of its blocks are zero, less than {LEAST_ZERO[dtype]:.0%}"
-    if shape[1] < LEAST_INPUTS:
-        return f"{shape[1]} input channels, fewer than {LEAST_INPUTS}"
-    if shape[0] < LEAST_FILTERS:
-        return f"{shape[0]} filters, fewer than {LEAST_FILTERS}"
+    least = LEAST[dtype]
+    if 1 - kept < least.zero:
+        return f"{1 - kept:.0%} of its blocks are zero, less than {least.zero:.0%}"
+    if shape[1] < least.inputs:
+        return f"{shape[1]} input channels, fewer than {least.inputs}"
+    if shape[0] < least.filters:
+        return f"{shape[0]} filters, fewer than {least.filters}"
     return ""

@@ -6,18 +6,21 @@ import torch
 from torch import nn
 
 import fxslim
-from fxslim.deploy.sparse_speed import LEAST_FILTERS, LEAST_INPUTS, LEAST_ZERO, why_dense
+from fxslim.deploy.sparse_speed import LEAST, why_dense
 
-SHAPE = (LEAST_FILTERS, LEAST_INPUTS, 3, 3)
+SHAPE = (LEAST[torch.float32].filters, LEAST[torch.float32].inputs, 3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_edges(dtype: torch.dtype) -> None:
-    least = LEAST_ZERO[dtype]
-    assert why_dense(SHAPE, 1 - least - 0.001, dtype) == ""
-    assert why_dense(SHAPE, 1 - least + 0.02, dtype).endswith(f"of its blocks are zero, less than {least:.0%}")
-    assert why_dense((LEAST_FILTERS - 1, LEAST_INPUTS), 0.5, dtype).endswith(f"fewer than {LEAST_FILTERS}")
-    assert why_dense((LEAST_FILTERS, LEAST_INPUTS - 1), 0.5, dtype).endswith(f"fewer than {LEAST_INPUTS}")
+    least = LEAST[dtype]
+    shape = (least.filters, least.inputs, 3, 3)
+    assert why_dense(shape, 1 - least.zero - 0.001, dtype) == ""
+    assert why_dense(shape, 1 - least.zero + 0.02, dtype).endswith(
+        f"of its blocks are zero, less than {least.zero:.0%}"
+    )
+    assert why_dense((least.filters - 1, least.inputs), 0.5, dtype).endswith(f"fewer than {least.filters}")
+    assert why_dense((least.filters, least.inputs - 1), 0.5, dtype).endswith(f"fewer than {least.inputs}")
 
 
 @pytest.mark.parametrize(
