@@ -56,7 +56,10 @@ def _fake(input, blocks, places, starts, bias, num_out, cout, kernel_size, strid
 _operator = torch.ops.fxslim.block_sparse_conv2d.default
 
 # What kernels take, by device; on others the dispatcher finds the reference.
-KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
 
 
 def _has_kernel(input: Tensor) -> bool:
@@ -83,8 +86,8 @@ def block_sparse_conv2d(
     """Convolve (batch, height, width, channels) with the blocks of ``pack_blocks``; the result is laid out alike.
 
     ``padding`` is that above, left, below and right. ``relu`` clamps at 0 what is returned. It carries no gradient, and
-    autocast changes nothing. Kernels take float32 on the CPU, bfloat16 and float16 on CUDA; for the rest the weight is
-    put together and convolved with. NaN and infinity that only skipped blocks would read need not show.
+    autocast changes nothing. Kernels take float32 on the CPU, and bfloat16 and float16 there and on CUDA; for the rest
+    the weight is put together and convolved with. NaN and infinity that only skipped blocks would read need not show.
 
     >>> from fxslim.kernels.block_layout import pack_blocks
     >>> block_sparse_conv2d(torch.ones(1, 1, 1, 2), *pack_blocks(torch.tensor([[1.0, 2.0]])), num_out=1, num_in=2)

@@ -57,7 +57,7 @@ def int8_result(case: Case, x: Tensor, arguments: tuple) -> Tensor:
 
 
 # What the kernels take.
-DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float16]}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float16], "cuda": [torch.bfloat16, torch.float16]}
 
 
 @given(drawn=cases(), layout=st.sampled_from(LAYOUTS), data=st.data())
@@ -201,14 +201,10 @@ def test_every_instruction_set(level: str, tmp_path: Path) -> None:
 
 @given(drawn=cases())
 @settings(max_examples=10)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes_without_a_kernel_are_computed_densely(dtype: torch.dtype, drawn: tuple[Case, Tensor]) -> None:
+def test_a_dtype_without_a_kernel_is_computed_densely(drawn: tuple[Case, Tensor]) -> None:
     case, x = drawn
-    x = x.to(dtype)
+    x = x.double()
     got = float_result(case, x)
-    if dtype == torch.float64:
-        want = convolved(case, x, case.weight(x.shape[3]), None if case.bias() is None else case.bias().double())
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-        assert got.is_contiguous()
-    else:
-        assert_right(case, x, got)
+    want = convolved(case, x, case.weight(x.shape[3]), None if case.bias() is None else case.bias().double())
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert got.is_contiguous()

@@ -93,8 +93,10 @@ def test_weights_of_zeros(inputs: int) -> None:
     assert torch.equal(sparse(torch.randn(inputs, 64)), layer.bias.expand(inputs, 32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("moved", [False, True], ids=["float32 weight", "moved"])
+@pytest.mark.parametrize(
+    ("dtype", "moved"),
+    [(torch.float64, True), (torch.float64, False), (torch.bfloat16, False), (torch.float16, False)],
+)
 def test_types_without_a_kernel_are_dense_and_said_once(
     dtype: torch.dtype, moved: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,6 +114,18 @@ def test_types_without_a_kernel_are_dense_and_said_once(
         f"block.conv1: no block-sparse kernel for {dtype} on cpu: its whole weight is put together in each forward, "
         "which is slower than a dense layer"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_a_kernel(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    layer, x = half_zero(nn.Conv2d(64, 64, 3)), torch.randn(1, 64, 8, 8)
+    sparse = BlockSparseConv2d(layer, relu=True).to(dtype)
+    with caplog.at_level(logging.WARNING, "fxslim"), torch.no_grad():
+        found = sparse(x.to(dtype))
+        expected = layer(x).relu()
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() <= 32 * torch.finfo(dtype).eps
+    assert not caplog.records
 
 
 def test_a_float32_input_of_a_layer_of_another_type() -> None:

@@ -1,5 +1,7 @@
-// block_sparse_conv2d on the CPU, in float32: only the blocks that are stored are multiplied.
+// block_sparse_conv2d on the CPU: only the blocks that are stored are multiplied, in float32. Halves and bfloat16 are
+// widened first and rounded once: instructions for pairs of bfloat16 multiply no more in the same time, where they exist.
 #include "block_tiles.h"
+#include "numbers.h"
 
 namespace fxslim {
 namespace {
@@ -118,24 +120,69 @@ struct Avx512 {
 };
 #endif
 
+// Values of a tensor that are converted at once.
+constexpr int64_t kConverted = 32768;
+
+template <class Body>
+void in_pieces(int64_t numel, const Body& body) {
+  torch::stable::parallel_for(0, (numel + kConverted - 1) / kConverted, 1, [&](int64_t first, int64_t last) {
+    body(first * kConverted, std::min(numel, last * kConverted) - first * kConverted);
+  });
+}
+
+// The values as float32: the tensor itself where they are.
+Tensor widened(const Tensor& x) {
+  const Tensor from = torch::stable::contiguous(x);
+  if (x.scalar_type() == ScalarType::Float) return from;
+  Tensor wide = torch::stable::new_empty(from, from.sizes(), ScalarType::Float);
+  auto* to = static_cast<float*>(wide.mutable_data_ptr());
+  for_float_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<math_t<T>, float>) {
+      const auto* values = static_cast<const T*>(from.const_data_ptr());
+      in_pieces(x.numel(), [&](int64_t begin, int64_t n) { load_block(values + begin, to + begin, n); });
+    }
+  });
+  return wide;
+}
+
+// The values rounded to another type: the tensor itself where that is float32.
+Tensor narrowed(const Tensor& wide, ScalarType dtype) {
+  if (dtype == ScalarType::Float) return wide;
+  Tensor result = torch::stable::new_empty(wide, wide.sizes(), dtype);
+  const auto* from = static_cast<const float*>(wide.const_data_ptr());
+  for_float_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<math_t<T>, float>) {
+      auto* to = static_cast<T*>(result.mutable_data_ptr());
+      in_pieces(wide.numel(), [&](int64_t begin, int64_t n) { store_block(from + begin, to + begin, n); });
+    }
+  });
+  return result;
+}
+
 Tensor block_sparse_conv2d(
     const Tensor& input, const Tensor& blocks, const Tensor& places, const Tensor& starts,
     const std::optional<Tensor>& bias, int64_t num_out, int64_t cout, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
     bool relu) {
-  STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, "the input must be float32");
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "the input must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(blocks.dim() == 4, "blocks have ", blocks.dim(), " dims, not 4");
+  STD_TORCH_CHECK(blocks.scalar_type() == dtype, "blocks have another dtype than the input");
   const BlockConvolution conv(input, num_out, cout, blocks.size(2), kernel_size, stride, padding, dilation);
-  const PackedBlocks packed(input, conv, blocks, places, starts, ScalarType::Float, conv.panels * kPanel * blocks.size(2));
+  const Tensor x = widened(input), weights = widened(blocks);
+  const PackedBlocks packed(input, conv, weights, places, starts, ScalarType::Float, conv.panels * kPanel * blocks.size(2));
   packed.check_places(conv);
   std::optional<Tensor> biases;
   if (bias.has_value()) {
-    check_parameters("bias", *bias, input, num_out, ScalarType::Float);
-    biases = torch::stable::contiguous(*bias);
+    check_parameters("bias", *bias, input, num_out, dtype);
+    biases = widened(*bias);
   }
-  const Tensor x = torch::stable::contiguous(input);
-  Tensor output = conv.empty_output(input);
-  if (output.numel() == 0) return output;
+  Tensor output = conv.empty_output(x);
+  if (output.numel() == 0) return narrowed(output, dtype);
   const std::vector<float> zeros(conv.channels);
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   const auto* added = biases.has_value() ? static_cast<const float*>(biases->const_data_ptr()) : nullptr;
@@ -150,7 +197,7 @@ Tensor block_sparse_conv2d(
   else
 #endif
     compute(Portable());
-  return output;
+  return narrowed(output, dtype);
 }
 
 }  // namespace
