@@ -19,6 +19,7 @@ torch.library.define(
 )
 
 
+@torch.no_grad()
 def _reference(
     input: Tensor,
     blocks: Tensor,

@@ -20,6 +20,7 @@ torch.library.define(
 )
 
 
+@torch.no_grad()
 def _reference(
     input: Tensor,
     scale: Tensor,

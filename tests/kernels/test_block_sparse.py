@@ -78,6 +78,7 @@ def test_bytes_give_exact_sums(drawn: tuple[Case, Tensor], grid: tuple[int, int,
     assert torch.equal(got, int8_want(case, x, arguments))
 
 
+@native_only
 @settings(max_examples=15)
 @given(drawn=cases(), grid=st.sampled_from(GRIDS))
 def test_threads_change_nothing(drawn: tuple[Case, Tensor], grid: tuple[int, int, int]) -> None:

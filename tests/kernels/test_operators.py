@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from fxslim import kernels
 from tests.kernels.op_table import OPERATORS, Operator
 from tests.strategies import DTYPES, LAYOUTS, lay_out, tensors
 
@@ -67,6 +68,8 @@ def test_equals_its_reference_on_big_tensors(operator, shape, dtype, device) -> 
 
 @every_operator
 def test_result_does_not_depend_on_threads(operator: Operator) -> None:
+    if operator.bound is not None and kernels.implementation(operator.name, "cpu")[0] == "reference":
+        pytest.skip("torch's own convolution depends on them")
     x = torch.randn(5, 67, 13, 29)
     threads = torch.get_num_threads()
     for arguments in operator.samples(x):
