@@ -97,6 +97,7 @@ class Int8BlockSparseLinear(Int8BlockSparseLayer, DequantizedLinear):
 
     >>> import torch, fxslim
     >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
     >>> model = fxslim.sparsify(nn.Linear(128, 64), "cin32cout64", ratio=0.5)
     >>> layer = fxslim.quantize(model, "int8", data=[torch.randn(4, 128)])
     >>> x, sparse = torch.randn(4, 128), Int8BlockSparseLinear(layer)
