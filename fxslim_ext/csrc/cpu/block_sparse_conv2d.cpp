@@ -1,5 +1,5 @@
 // block_sparse_conv2d on the CPU: only the blocks that are stored are multiplied, in float32. Halves and bfloat16 are
-// widened first and rounded once: instructions for pairs of bfloat16 multiply no more in the same time, where they exist.
+// widened first and rounded once.
 #include "block_tiles.h"
 #include "numbers.h"
 
