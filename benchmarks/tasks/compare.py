@@ -92,7 +92,7 @@ def table(contest: Contest, net: str, names: list[str], seeds: int) -> list[str]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=["resnet", "mobilenet", "vit"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--criteria",

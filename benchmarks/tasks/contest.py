@@ -20,6 +20,8 @@ RECIPES = {
     "resnet": Recipe(epochs=3, rate=4e-3),
     "mobilenet": Recipe(epochs=2.5, rate=4e-3),
     "vit": Recipe(epochs=5, rate=1.5e-3),
+    "wide_resnet": Recipe(epochs=1.5, rate=4e-3),
+    "wide_mobilenet": Recipe(epochs=2.5, rate=4e-3),
 }
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three networks of a few million macs for 3x32x32 images, one function each: ``NETWORKS[name]()``."""
+"""Networks for 3x32x32 images, of a few million macs, and wider ones: ``NETWORKS[name]()``."""
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -115,20 +117,24 @@ def _classifier(layers: list[nn.Module], width: int) -> nn.Module:
     )  # fmt: skip
 
 
-def small_resnet() -> nn.Module:
-    layers = [*_conv_norm(3, 16, 3, stride=2), nn.ReLU(), Residual(16, 16, 1), Residual(16, 32, 2)]
-    layers += [Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 64, 1)]
-    return _classifier(layers, 64)
+def residual_network(width: int) -> nn.Module:
+    layers = [*_conv_norm(3, width, 3, stride=2), nn.ReLU(), Residual(width, width, 1), Residual(width, 2 * width, 2)]
+    layers += [Residual(2 * width, 2 * width, 1), Residual(2 * width, 4 * width, 2), Residual(4 * width, 4 * width, 1)]
+    return _classifier(layers, 4 * width)
 
 
-def small_mobilenet() -> nn.Module:
-    layers = [*_conv_norm(3, 16, 3, stride=2), nn.ReLU6(), InvertedResidual(16, 16, 1), InvertedResidual(16, 32, 2)]
-    layers += [InvertedResidual(32, 32, 1), InvertedResidual(32, 48, 2), InvertedResidual(48, 48, 1)]
-    return _classifier([*layers, *_conv_norm(48, 128, 1), nn.ReLU6()], 128)
+def mobile_network(width: int) -> nn.Module:
+    layers = [*_conv_norm(3, width, 3, stride=2), nn.ReLU6(), InvertedResidual(width, width, 1)]
+    layers += [InvertedResidual(width, 2 * width, 2), InvertedResidual(2 * width, 2 * width, 1)]
+    layers += [InvertedResidual(2 * width, 3 * width, 2), InvertedResidual(3 * width, 3 * width, 1)]
+    return _classifier([*layers, *_conv_norm(3 * width, 8 * width, 1), nn.ReLU6()], 8 * width)
 
 
-def small_vit() -> nn.Module:
-    return VisionTransformer()
-
-
-NETWORKS = {"resnet": small_resnet, "mobilenet": small_mobilenet, "vit": small_vit}
+# The wide ones have channels to spare: what compression is for.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": functools.partial(residual_network, 16),
+    "mobilenet": functools.partial(mobile_network, 16),
+    "vit": VisionTransformer,
+    "wide_resnet": functools.partial(residual_network, 48),
+    "wide_mobilenet": functools.partial(mobile_network, 24),
+}

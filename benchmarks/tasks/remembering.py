@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fxslim.plan.file_writing import write_file
 
@@ -62,6 +62,13 @@ class Memory:
             text = json.dumps(make())
             write_file(path, lambda temporary: temporary.write_text(text))
         return json.loads(path.read_text())
+
+    def tensor(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            made = make().contiguous()
+            write_file(path, lambda temporary: save_file({"tensor": made}, temporary))
+        return load_file(path)["tensor"]
 
     def weights(self, key: str, model: nn.Module, make: Callable[[nn.Module], object]) -> nn.Module:
         """The model with the weights that ``make`` gave it, now or in an earlier run."""

@@ -60,7 +60,9 @@ RIVALS: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module, Batches], list
 }
 
 
-def rival_candidates(name: str, model: nn.Module, example: Tensor, batches: Batches, macs: int) -> list[Candidate]:
+def rival_candidates(
+    name: str, model: nn.Module, example: Tensor, batches: Batches, macs: int, round_to: int | None = None
+) -> list[Candidate]:
     """Networks of about these macs: ranked over all layers and in each layer; attention by entries and by heads."""
     kind, arguments, gradients = RIVALS[name]
     found = gradients(copy.deepcopy(model).eval(), batches)
@@ -70,7 +72,7 @@ def rival_candidates(name: str, model: nn.Module, example: Tensor, batches: Batc
         for heads in (False, True) if attention else (False,):
             prune = _Rival(
                 model=model, example=example, kind=kind, arguments=arguments, gradients=found,
-                everywhere=scope == "global", heads=heads,
+                everywhere=scope == "global", heads=heads, round_to=round_to,
             )  # fmt: skip
             pruned = prune.to(macs)
             if pruned is not None:
@@ -87,6 +89,7 @@ class _Rival:
     gradients: list[Tensor | None]
     everywhere: bool
     heads: bool
+    round_to: int | None
 
     def to(self, macs: int) -> tuple[nn.Module, int] | None:
         """By bisection of pruning_ratio; else the least above these macs, if within 3 %."""
@@ -118,7 +121,7 @@ class _Rival:
             ignored_layers=[model.get_submodule("head")], in_channel_groups={}, out_channel_groups={},
             num_heads={layer: a.num_heads for a in attentions for layer in (a.query, a.key, a.value)},
             prune_num_heads=self.heads, prune_head_dims=not self.heads,
-            head_pruning_ratio=min(ratio, 0.75) if self.heads else 0.0,
+            head_pruning_ratio=min(ratio, 0.75) if self.heads else 0.0, round_to=self.round_to,
         )  # fmt: skip
         pruner.step()
         for attention in attentions:

@@ -42,20 +42,41 @@ class Pictures:
         return [self.batch(slice(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-def train(model: nn.Module, pictures: Pictures, recipe: Recipe, seed: int) -> nn.Module:
-    """AdamW; the rate climbs for a tenth of the steps and falls to nothing along a half cosine."""
+def train(model: nn.Module, pictures: Pictures, recipe: Recipe, seed: int, teacher: Tensor | None = None) -> nn.Module:
+    """AdamW; the rate climbs for a tenth of the steps and falls to nothing along a half cosine.
+
+    ``teacher``: a better network's logits of all images, which are learned instead of the labels.
+    """
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.05)
     steps = max(2, round(recipe.epochs * len(pictures.labels) / recipe.batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps, pct_start=0.1)
     for chosen in _orders(len(pictures.labels), recipe.batch, steps, seed):
         images, labels = pictures.batch(chosen)
-        loss = nn.functional.cross_entropy(model(images), labels, label_smoothing=0.05)
+        logits = model(images)
+        if teacher is None:
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
+        else:
+            loss = _distance(logits, teacher[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _distance(logits: Tensor, wanted: Tensor, temperature: float = 2.0) -> Tensor:
+    """Of softened probabilities (Hinton et al., 2015)."""
+    ours, theirs = (nn.functional.log_softmax(each / temperature, 1) for each in (logits, wanted))
+    return temperature**2 * nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def all_logits(model: nn.Module, pictures: Pictures, size: int = 500) -> Tensor:
+    """What the model says of all images."""
+    model.eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        starts = range(0, len(pictures.labels), size)
+        return torch.cat([model(pictures.batch(slice(start, start + size))[0]) for start in starts])
 
 
 def _orders(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
