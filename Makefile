@@ -17,7 +17,7 @@ SOURCES := $(shell find fxslim_ext/csrc -type f)
 VENV_READY := $(VENV)/ready
 READY := build/ready-$(or $(FXSLIM_EXT),auto)
 
-.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed onnx-tasks memory scaling deploy-layers tasks abi sanitize clean hessian
+.PHONY: help setup demo test check bench zoo zoo-transformers zoo-timm quant-step quant-zoo onnx-zoo onnx-speed onnx-tasks memory scaling deploy-layers tasks pareto abi sanitize clean hessian
 
 help:
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -91,6 +91,13 @@ tasks: setup  ## rank pruning criteria, masks and quantization on a generated ta
 	$(PYTHON) -m benchmarks.tasks.compare
 	$(PYTHON) -m benchmarks.tasks.sparsity
 	$(PYTHON) -m benchmarks.tasks.quantization
+
+build/peers/ready:
+	$(PIP) install -q --no-deps --target build/peers torch-pruning==1.6.1
+	@touch $@
+
+pareto: setup build/peers/ready  ## accuracy, latency and size of all combinations and of other tools; over an hour, resumes; writes a dated report
+	PYTHONPATH=build/peers $(PYTHON) -m benchmarks.front.run
 
 hessian: setup  ## pruning by second order beside the factors that it needs; writes a dated report
 	$(PYTHON) -m benchmarks.models.hessian_speed

@@ -45,7 +45,7 @@ def _sentences(net: str, standings: list[Standing]) -> list[str]:
 
 def _line(one: Standing, standings: list[Standing]) -> str:
     if one.error:
-        return f"| {one.number} | {one.name} | {one.by} | failed: {one.error[:160]} " + "| " * 10 + "|"
+        return f"| {one.number} | {one.name} | {one.by} | failed: {one.error[:160]} " + "| " * 9 + "|"
     whole = reference(standings)
     cells = [str(one.number), one.name, one.by, " ".join(f"{value:.2f}" for value in one.accuracies)]
     cells += [f"{one.accuracy:.2f}", "" if one is whole else str(one.beside(whole))]

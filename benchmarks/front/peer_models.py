@@ -70,6 +70,8 @@ def plain_float_file(place: Place, model: nn.Module, path: Path) -> Path:
     for module in model.modules():
         if hasattr(module, "weight_orig"):
             prune.remove(module, "weight")
+    # A file knows no memory formats, and torch's exporter writes more operators for channels_last.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     path = path.with_suffix(".onnx")
     torch.onnx.export(
         model, (place.example,), path, dynamo=True, external_data=False, verbose=False, input_names=["x"],

@@ -47,7 +47,7 @@ class Place:
 
     @property
     def example(self) -> Tensor:
-        return self.contest.batches[0][0][:2]
+        return self.contest.batches[0][0][:2].contiguous()
 
     @cached_property
     def macs(self) -> int:

@@ -45,7 +45,8 @@ def deployed_copy(model: nn.Module, inputs: Inputs, fold_norms: bool = True) -> 
         for name, child in list(module._modules.items()):
             if isinstance(child, ActivationQuantizer):
                 module._modules[name] = fixed_quantizer(child) if child.enabled else nn.Identity()
-    return result
+    # A file knows no memory formats: torch's exporter spells out what channels_last means for a view.
+    return result.to(memory_format=torch.contiguous_format)
 
 
 def _norms_behind(model: nn.Module, flow: Dataflow) -> dict[str, str]:

@@ -33,7 +33,7 @@ def onnx_model(
     if opset is not None and opset < _LEAST_OPSET:
         raise ExportError(f"opset={opset} is below {_LEAST_OPSET}, the least that torch's exporter writes")
     _check_names(input_names, output_names)
-    said = io.StringIO()
+    said, inputs = io.StringIO(), inputs.with_tensors(torch.Tensor.contiguous)
     try:
         with contextlib.redirect_stdout(said), torch.no_grad():
             program = torch.onnx.export(

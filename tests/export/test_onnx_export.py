@@ -123,6 +123,21 @@ def test_sizes_that_change(tmp_path: Path) -> None:
     assert run(str(path), other)[0].shape == (7, 5)
 
 
+def test_memory_formats_leave_no_trace(tmp_path: Path) -> None:
+    """torch's exporter writes Range, Gather and more for a view of what lies channels_last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    x, kinds = torch.randn(2, 3, 8, 8), []
+    for number in range(4):
+        one = copy.deepcopy(model).to(memory_format=torch.channels_last if number & 1 else torch.contiguous_format)
+        given = x.to(memory_format=torch.channels_last) if number & 2 else x
+        path = tmp_path / f"{number}.onnx"
+        export_onnx(one, given, path, dynamic_shapes=({0: "batch"},))
+        kinds.append([node.op_type for node in onnx.load(path).graph.node])
+        assert one[0].weight.is_contiguous(memory_format=torch.channels_last) == bool(number & 1)
+    assert kinds[1:] == kinds[:1] * 3
+
+
 def test_float_models_and_masks(tmp_path: Path) -> None:
     model = settled(Net())
     fxslim.sparsify(model, "2:4", example_inputs=X)
