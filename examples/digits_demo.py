@@ -5,7 +5,9 @@ Half of the multiply-adds is pruned away and the result proved equal to the sile
 2 of every 4 weights, learns to compute with integers, and is exported. The table compares the ONNX files that were
 written, as ONNX Runtime runs them.
 
-    python examples/digits_demo.py [--epochs 6] [--out runs/demo]
+    python examples/digits_demo.py [--epochs 6] [--dense] [--out runs/demo]
+
+``--dense`` leaves the masks out, which no CPU makes use of (docs/choosing.md says what to take for which target).
 """
 
 import argparse
@@ -60,8 +62,8 @@ def train(
         log.add_scalar(f"{tag}/loss", loss.item(), step)
 
 
-def make_stages(folder: Path, data: tuple[Tensor, ...], epochs: int) -> None:
-    """Train, prune, mask and quantize; save the model after each stage."""
+def make_stages(folder: Path, data: tuple[Tensor, ...], epochs: int, dense: bool) -> None:
+    """Train, prune, mask (unless it is to stay dense) and quantize; save the model after each stage."""
     log = SummaryWriter(str(folder / "tensorboard"))
     example = data[2][:2]
     shorter = max(1, epochs // 2)
@@ -78,9 +80,10 @@ def make_stages(folder: Path, data: tuple[Tensor, ...], epochs: int) -> None:
     train(model, sgd(model), data, shorter, 0.02, log, "pruned")
     fxslim.save(model, folder / "pruned.safetensors")
 
-    print("masked to 2:4 and quantized to integers; fine-tuning\n")
+    print(f"{'' if dense else 'masked to 2:4 and '}quantized to integers; fine-tuning\n")
     optimizer = sgd(model)
-    fxslim.sparsify(model, "2:4")
+    if not dense:
+        fxslim.sparsify(model, "2:4")
     # Weights of 7 bits: x86 processors without VNNI add two products in 16 bits, where those of 8 bits may saturate.
     config = fxslim.QuantConfig(weight=WeightQuant(bits=7))
     fxslim.prepare_qat(model, config, optimizer=optimizer, target="onnxruntime", example_inputs=example)
@@ -139,12 +142,13 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--dense", action="store_true", help="no masks")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     data = load_digits()
-    make_stages(options.out, data, options.epochs)
+    make_stages(options.out, data, options.epochs, options.dense)
 
     _, _, images, labels = data
     for stage in STAGES:
@@ -159,7 +163,8 @@ def main() -> None:
     smaller = files[0].stat().st_size / files[-1].stat().st_size
     faster = times[0] / times[-1]
     print(f"\nThe compressed file is {smaller:.1f}x smaller, {faster:.1f}x faster in ONNX Runtime on one thread.")
-    print("Channels that are gone and integers make it so; the zeros of 2:4 are for hardware that skips them.")
+    zeros = "." if options.dense else "; the zeros of 2:4 are for hardware that skips them."
+    print(f"Channels that are gone and integers make it so{zeros}")
     print(f"Wrote {', '.join(str(f) for f in files)}, a .safetensors beside each, and {options.out}/tensorboard.")
 
 

@@ -29,18 +29,18 @@ def few_digits(demo: ModuleType) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The module, what two runs printed, and their folders."""
+    """The module, what two runs and a dense one printed, and their folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         demo = importlib.import_module("digits_demo")
         data = few_digits(demo)
         patch.setattr(demo, "load_digits", lambda: data)
         made = []
-        for _ in range(2):
+        for more in ([], [], ["--dense"]):
             folder = tmp_path_factory.mktemp("run") / "demo"
             printed: list[str] = []
             patch.setattr("builtins.print", lambda *values, to=printed: to.append(" ".join(map(str, values))))
-            patch.setattr("sys.argv", ["digits_demo.py", "--epochs", "1", "--out", str(folder)])
+            patch.setattr("sys.argv", ["digits_demo.py", "--epochs", "1", "--out", str(folder), *more])
             demo.main()
             made.append((folder, "\n".join(printed)))
         return demo, data, made
@@ -124,10 +124,22 @@ def test_the_file_answers_as_the_saved_model(runs, stage: str) -> None:
 
 
 def test_two_runs_differ_in_times_alone(runs) -> None:
-    (one, said), (other, said_again) = runs[2]
+    (one, said), (other, said_again), _ = runs[2]
     assert TIMES.sub("", said).replace(str(one), "") == TIMES.sub("", said_again).replace(str(other), "")
     for stage in STAGES:
         assert (one / f"{stage}.onnx").read_bytes() == (other / f"{stage}.onnx").read_bytes(), stage
         saved, saved_again = (load_file(folder / f"{stage}.safetensors") for folder in (one, other))
         assert saved.keys() == saved_again.keys()
         assert all(torch.equal(value, saved_again[name]) for name, value in saved.items()), stage
+
+
+def test_dense_leaves_the_masks_out(runs) -> None:
+    (masked, _), _, (dense, said) = runs[2]
+    weights = [
+        onnx.numpy_helper.to_array(one)
+        for one in onnx.load(dense / "compressed.onnx").graph.initializer
+        if len(one.dims) >= 2
+    ]
+    assert np.mean(np.concatenate([weight.ravel() for weight in weights]) != 0) > 0.8
+    assert "2:4" not in said
+    assert (dense / "pruned.onnx").read_bytes() == (masked / "pruned.onnx").read_bytes()
