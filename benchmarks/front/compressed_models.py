@@ -24,10 +24,10 @@ def unchanged(place: Place) -> nn.Module:
 
 
 def pruned(place: Place, ratio: float) -> nn.Module:
-    """What is left is repaired on half of the calibration images."""
+    """The same share of every layer; what is left is repaired on half of the calibration images."""
     return fxslim.prune(
-        copy.deepcopy(place.base), place.example, ratio=ratio, importance="taylor",
-        data=place.batches[: len(place.batches) // 2], repair="least_squares", round_to=ROUND_TO[place.net],
+        copy.deepcopy(place.base), place.example, ratio=ratio, scope="layer", importance="taylor",
+        data=place.batches[: len(place.batches) // 2], repair="least_squares", round_to=ROUND_TO,
     )  # fmt: skip
 
 

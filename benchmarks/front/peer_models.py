@@ -30,7 +30,7 @@ def torch_pruning(place: Place, ratio: float) -> nn.Module:
     macs = round(fxslim.trace(place.base, EXAMPLE).cost.macs * (1 - ratio))
     found: list[Candidate] = []
     # Widths rounded like ours where its steps then come within 3 % of the macs; else in ones.
-    for round_to in (ROUND_TO[place.net], None):
+    for round_to in (ROUND_TO, None):
         for name in CRITERIA:
             found += rival_candidates(name, place.base, EXAMPLE, place.batches, macs, round_to)
         if found:

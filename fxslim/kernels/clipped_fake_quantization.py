@@ -58,13 +58,21 @@ def _backward_reference(grad, x, clip_min, clip_max, quant_min, quant_max, chann
     values, wide_grad = in_order(x, channels_last).to(dtype), in_order(grad, channels_last).to(dtype)
     above = values > scale * (quant_max - zero_point).to(dtype)
     below = values < scale * (quant_min - zero_point).to(dtype)
-    ends = torch.where(above, high / scale, torch.where(below, low / scale, values / scale))
-    error = ends.round().sub_(ends).div_(steps)
-    grad_max = (wide_grad * (error + above)).sum(dtype=torch.float64)
-    grad_min = (wide_grad * (below.to(dtype) - error)).sum(dtype=torch.float64)
-    zero = torch.zeros((), dtype=dtype, device=x.device)
-    grad_x = torch.where(above.logical_or_(below), zero, wide_grad).to(x.dtype)
-    return grad_x, grad_min.to(dtype).reshape(1), grad_max.to(dtype).reshape(1)
+    zero, outside = torch.zeros((), dtype=dtype, device=x.device), above.logical_or(below)
+    products = torch.where(outside, zero, wide_grad * _error(values, scale))
+    error, over, under = (
+        sums.sum(dtype=torch.float64)
+        for sums in (products, torch.where(above, wide_grad, zero), torch.where(below, wide_grad, zero))
+    )
+    error = (error + over * _error(high, scale).double() + under * _error(low, scale).double()) / steps
+    grad_x = torch.where(outside, zero, wide_grad).to(x.dtype)
+    return grad_x, (under - error).to(dtype).reshape(1), (over + error).to(dtype).reshape(1)
+
+
+def _error(values: Tensor, scale: Tensor) -> Tensor:
+    """What rounding adds, in steps."""
+    ends = values / scale
+    return ends.round().sub_(ends)
 
 
 torch.library.impl("fxslim::fake_quantize_clipped_backward", "default", _backward_reference)

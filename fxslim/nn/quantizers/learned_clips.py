@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.kernels import fake_quantize, fake_quantize_clipped
-from fxslim.kernels.arguments import math_dtype
+from fxslim.kernels.arguments import lies_channels_last, math_dtype
 from fxslim.nn.quantizers.activations import ActivationQuantizer
 from fxslim.nn.quantizers.gradient_routes import straight_through, with_scaled_gradient
 from fxslim.nn.quantizers.phases import set_buffers
@@ -84,8 +84,11 @@ class UlqActivations(ActivationQuantizer):
         return fake_quantize_clipped(torch.zeros_like(high), low, high, *self.config.grid)[1:]
 
     def on_grid(self, x: Tensor) -> Tensor:
-        low, high = self.clips()
-        y, scale, zero_point = fake_quantize_clipped(x, low, high, *self.config.grid)
+        low, high = (clip.to(math_dtype(x)) for clip in self.clips())
+        # The operator itself: what its wrapper checks holds of clips that are valid.
+        y, scale, zero_point = torch.ops.fxslim.fake_quantize_clipped.default(
+            x, low, high, *self.config.grid, lies_channels_last(x)
+        )
         self.keep_grid(scale, zero_point)
         return y
 

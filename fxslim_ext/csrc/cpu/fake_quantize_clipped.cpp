@@ -36,31 +36,41 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped(
   return {y, scale, zero_point};
 }
 
-// What the loop needs: the values at which clipping starts, and both clips in steps.
+// What the loop needs: the values at which clipping starts.
 template <class M>
 struct Clips {
-  M scale, lower, upper, min_steps, max_steps, num_steps;
+  M scale, lower, upper;
 };
+
+// What the loop adds up: gradients times rounding errors (in steps) inside, gradients above and below.
+enum Part { kInside, kAbove, kBelow, kParts };
 
 template <class M>
 FXSLIM_INLINE inline void clip_gradients(
     const M* __restrict x, const M* __restrict grad, M* __restrict grad_x, int64_t n, const Clips<M>& clips,
     double* sums) {
   const Clips<M> c = clips;
-  double to_min = 0, to_max = 0;
-#pragma omp simd reduction(+ : to_min, to_max)
+  double inside = 0, above = 0, below = 0;
+#pragma omp simd reduction(+ : inside, above, below)
   for (int64_t i = 0; i < n; ++i) {
-    const bool above = x[i] > c.upper, below = x[i] < c.lower;
-    M t = x[i] / c.scale;
-    t = above ? c.max_steps : t;
-    t = below ? c.min_steps : t;
-    const M error = (round_half_even(t) - t) / c.num_steps;
-    to_max += static_cast<double>(grad[i] * (error + (above ? M(1) : M(0))));
-    to_min += static_cast<double>(grad[i] * ((below ? M(1) : M(0)) - error));
-    grad_x[i] = above || below ? M(0) : grad[i];
+    const bool is_above = x[i] > c.upper, is_below = x[i] < c.lower;
+    const M t = x[i] / c.scale;
+    const M error = grad[i] * (round_half_even(t) - t);
+    inside += static_cast<double>(is_above || is_below ? M(0) : error);
+    above += static_cast<double>(is_above ? grad[i] : M(0));
+    below += static_cast<double>(is_below ? grad[i] : M(0));
+    grad_x[i] = is_above || is_below ? M(0) : grad[i];
   }
-  sums[0] += to_min;
-  sums[1] += to_max;
+  sums[kInside] += inside;
+  sums[kAbove] += above;
+  sums[kBelow] += below;
+}
+
+// The error of a clip itself, in steps: what everything past it is off by.
+template <class M>
+double error_of(M clip, M scale) {
+  const M t = clip / scale;
+  return static_cast<double>(round_half_even(t) - t);
 }
 
 template <class T>
@@ -94,23 +104,24 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped_backward(
     const Grid<M> grid = grid_between(low, high, quant_min, quant_max);
     const Clips<M> clips{
         grid.scale, grid.scale * static_cast<M>(quant_min - grid.zero_point),
-        grid.scale * static_cast<M>(quant_max - grid.zero_point), low / grid.scale, high / grid.scale,
-        static_cast<M>(quant_max - quant_min)};
+        grid.scale * static_cast<M>(quant_max - grid.zero_point)};
     const auto* from = static_cast<const T*>(input.const_data_ptr());
     const auto* from_grad = static_cast<const T*>(grads.const_data_ptr());
     auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
-    const std::vector<double> sums = reduce_channels<2, double>(
+    const std::vector<double> sums = reduce_channels<kParts, double>(
         walk, [](int64_t) { return 0.0; },
         [&](int64_t begin, int64_t end, int64_t, double* acc) {
           backward_run(from, from_grad, to, begin, end, clips, acc);
         },
         [](int64_t, int64_t, double*, int64_t) {},
         [](double* into, int64_t a, const double* part, int64_t b) {
-          into[0] += part[0];
-          into[a] += part[b];
+          for (int64_t k = 0; k < kParts; ++k) into[k * a] += part[k * b];
         });
-    *static_cast<M*>(grad_min.mutable_data_ptr()) = static_cast<M>(sums[0]);
-    *static_cast<M*>(grad_max.mutable_data_ptr()) = static_cast<M>(sums[1]);
+    const double error = (sums[kInside] + sums[kAbove] * error_of(high, grid.scale) +
+                          sums[kBelow] * error_of(low, grid.scale)) /
+                         static_cast<double>(quant_max - quant_min);
+    *static_cast<M*>(grad_min.mutable_data_ptr()) = static_cast<M>(sums[kBelow] - error);
+    *static_cast<M*>(grad_max.mutable_data_ptr()) = static_cast<M>(sums[kAbove] + error);
   });
   return {grad_x, grad_min, grad_max};
 }

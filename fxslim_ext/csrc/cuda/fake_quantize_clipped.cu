@@ -33,6 +33,13 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped(
   return {y, scale, zero_point};
 }
 
+// What rounding adds, in steps.
+template <class M>
+__device__ M error_of(M value, M scale) {
+  const M t = value / scale;
+  return std::nearbyint(t) - t;
+}
+
 template <class T>
 __global__ void backward_kernel(
     const T* x, const T* grad, T* grad_x, Slices slices, const math_t<T>* clip_min, const math_t<T>* clip_max,
@@ -41,22 +48,24 @@ __global__ void backward_kernel(
   const Grid<M> grid = grid_between(*clip_min, *clip_max, quant_min, quant_max);
   const M lower = grid.scale * static_cast<M>(quant_min - grid.zero_point);
   const M upper = grid.scale * static_cast<M>(quant_max - grid.zero_point);
-  const M num_steps = static_cast<M>(quant_max - quant_min);
-  double to_min = 0, to_max = 0;
+  double inside = 0, over = 0, under = 0;
   for (int64_t k = slices.begin() + threadIdx.x; k < slices.end(); k += kThreads) {
     const M value = static_cast<M>(x[k]), g = static_cast<M>(grad[k]);
     const bool above = value > upper, below = value < lower;
-    const M t = (above ? *clip_max : below ? *clip_min : value) / grid.scale;
-    const M error = (std::nearbyint(t) - t) / num_steps;
-    to_max += static_cast<double>(g * (error + (above ? M(1) : M(0))));
-    to_min += static_cast<double>(g * ((below ? M(1) : M(0)) - error));
+    if (above) over += static_cast<double>(g);
+    else if (below) under += static_cast<double>(g);
+    else inside += static_cast<double>(g * error_of(value, grid.scale));
     grad_x[k] = above || below ? static_cast<T>(M(0)) : grad[k];
   }
-  to_min = combine_block(to_min, Add{});
-  to_max = combine_block(to_max, Add{});
+  inside = combine_block(inside, Add{});
+  over = combine_block(over, Add{});
+  under = combine_block(under, Add{});
   if (threadIdx.x != 0) return;
-  partial_min[slices.partial()] = to_min;
-  partial_max[slices.partial()] = to_max;
+  const double past = over * static_cast<double>(error_of(*clip_max, grid.scale)) +
+                      under * static_cast<double>(error_of(*clip_min, grid.scale));
+  const double error = (inside + past) / static_cast<double>(quant_max - quant_min);
+  partial_min[slices.partial()] = under - error;
+  partial_max[slices.partial()] = over + error;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_clipped_backward(
