@@ -2,18 +2,18 @@
 """Other tools' models for the front: Torch-Pruning, torch.ao, plain masks, and ONNX Runtime's static quantizer."""
 
 import copy
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from torch.nn.utils import prune
 
 import fxslim
 from benchmarks.front.compressed_models import REDUCED
 from benchmarks.front.places import ROUND_TO, Place
-from benchmarks.models.onnx_speed import Batches
+from benchmarks.models.onnx_speed import write_theirs
 from benchmarks.tasks import torch_ao_rows
 from benchmarks.tasks.candidates import Candidate
 from benchmarks.tasks.contest import EXAMPLE, repaired
@@ -81,18 +81,11 @@ def plain_float_file(place: Place, model: nn.Module, path: Path) -> Path:
 
 
 def static_file(place: Place, model: nn.Module, path: Path) -> Path:
-    """ONNX Runtime's own quantizer, as its guide says: shapes inferred and the graph optimized before."""
+    """ONNX Runtime's own quantizer, ranges by extrema."""
     path = path.with_suffix(".onnx")
-    whole, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        whole, made = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         plain_float_file(place, model, whole)
-        quant_pre_process(whole, prepared)
-        quantize_static(
-            prepared, path, Batches([images for images, _ in place.batches], "x"), quant_format=QuantFormat.QDQ,
-            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=REDUCED,
-            calibrate_method=CalibrationMethod.MinMax,
-        )  # fmt: skip
-    finally:
-        whole.unlink(missing_ok=True)
-        prepared.unlink(missing_ok=True)
+        write_theirs(whole, [images for images, _ in place.batches], made, reduce_range=REDUCED)
+        shutil.move(made, path)
     return path

@@ -65,8 +65,9 @@ def write_float(model: nn.Module, x: Tensor, path: Path) -> None:
     )
 
 
-def write_theirs(float_file: Path, batches: list[Tensor], path: Path) -> None:
+def write_theirs(float_file: Path, batches: list[Tensor], path: Path, **wishes: Any) -> None:
     """ONNX Runtime's own quantizer, as its guide says: shapes inferred and the graph optimized before."""
+    wishes = {"calibrate_method": CalibrationMethod.MinMax} | wishes
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(float_file, prepared)
     quantize_static(
@@ -77,7 +78,7 @@ def write_theirs(float_file: Path, batches: list[Tensor], path: Path) -> None:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
+        **wishes,
     )
 
 

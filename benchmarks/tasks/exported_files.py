@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.quantization import CalibrationMethod
 from torch import Tensor, nn
 
 import fxslim
 from benchmarks.models.onnx_operators import session
-from benchmarks.models.onnx_speed import Batches, write_float
+from benchmarks.models.onnx_speed import write_float, write_theirs
 from benchmarks.tasks.contest import RECIPES, Contest
 from benchmarks.tasks.training import train
 from fxslim import QuantConfig
@@ -162,11 +161,7 @@ def _precise_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def _write_theirs(task: Task, method: Any, path: Path) -> None:
-    """ONNX Runtime's own quantizer, as its guide says: shapes inferred and the graph optimized before."""
-    whole, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
+    """ONNX Runtime's own quantizer."""
+    whole = path.with_suffix(".float.onnx")
     write_float(task.base, task.example, whole)
-    quant_pre_process(whole, prepared)
-    quantize_static(
-        prepared, path, Batches([images for images, _ in task.contest.batches], "x"), quant_format=QuantFormat.QDQ,
-        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
-    )  # fmt: skip
+    write_theirs(whole, [images for images, _ in task.contest.batches], path, calibrate_method=method)
