@@ -18,11 +18,8 @@ from benchmarks.tasks import torch_ao_rows
 from benchmarks.tasks.candidates import Candidate
 from benchmarks.tasks.contest import EXAMPLE, repaired
 from benchmarks.tasks.torch_pruning_rows import rival_candidates
-from benchmarks.tasks.training import Pictures, accuracy
 
 CRITERIA = ("tp:magnitude", "tp:taylor")
-# Training images that choose among a tool's settings, after those that all calibrate on.
-CHOOSING = 4000
 
 
 def torch_pruning(place: Place, ratio: float) -> nn.Module:
@@ -37,10 +34,7 @@ def torch_pruning(place: Place, ratio: float) -> nn.Module:
             break
     if not found:
         raise fxslim.FxslimError("none of its settings comes within 3 % of these macs")
-    seen, pictures = place.contest.settings.calibration, place.contest.pictures
-    others = Pictures(images=pictures.images[seen:][:CHOOSING], labels=pictures.labels[seen:][:CHOOSING])
-    models = [repaired(candidate, place.batches) for candidate in found]
-    return max(models, key=lambda model: accuracy(model, others))
+    return place.best(repaired(candidate, place.batches) for candidate in found)
 
 
 def plain_magnitude(place: Place, ratio: float) -> nn.Module:

@@ -2,6 +2,7 @@
 """A trained network, where the files of its cells go, and what all contestants on it share."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 import fxslim
 from benchmarks.tasks.contest import EXAMPLE, RECIPES, TRAIN_SEED, Contest
 from benchmarks.tasks.remembering import digest, model_digest
-from benchmarks.tasks.training import all_logits, train
+from benchmarks.tasks.training import Pictures, accuracy, all_logits, train
 
 # The row of the table, and the network of the task.
 NETS = {"resnet": "wide_resnet", "mobilenet": "wide_mobilenet", "vit": "vit"}
 # Widths are multiples of this, for kernels that compute so many at a time.
 ROUND_TO = 8
+# Training images that choose among settings.
+CHOOSING = 4000
 # The fixed budget of each contestant, in steps of the whole network: one of half the macs makes twice as many.
 STEPS = 110
 
@@ -60,6 +63,13 @@ class Place:
         return self.contest.memory.tensor(
             digest(key, len(pictures.labels)), lambda: all_logits(copy.deepcopy(self.base), pictures)
         )
+
+    def best(self, models: Iterable[nn.Module]) -> nn.Module:
+        """The most accurate on training images that nothing was calibrated on: how a tool's settings are chosen."""
+        seen, pictures = self.contest.settings.calibration, self.contest.pictures
+        chosen = slice(seen, seen + CHOOSING)
+        others = Pictures(images=pictures.images[chosen], labels=pictures.labels[chosen])
+        return max(models, key=lambda model: accuracy(model, others))
 
     def trained(self, model: nn.Module, macs: int) -> nn.Module:
         """Trained on for the fixed budget: all see the same images in the same order, at the same highest rate."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.ranges.method import HistogramMethod
-from fxslim.ranges.quantization_error import squared_error
+from fxslim.ranges.quantization_error import QuantizationError
 from fxslim.ranges.symmetric_ranges import range_with_zero
 
 _BINS = (1024, 2048, 4096, 8192)
@@ -44,7 +44,7 @@ class Hfmg(HistogramMethod):
         cells = (highs - lows) / num_points
         best = 0
         if len(path) > 1:
-            best = int(squared_error(edges, counts, lows + cells / 2, cells, num_points).argmin())
+            best = int(QuantizationError(edges, counts, num_points).squared(lows + cells / 2, cells).argmin())
         return self._as_clips(*range_with_zero(lows[best], highs[best], quant_min, quant_max, symmetric))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -82,11 +83,15 @@ class Histogram:
             start, width = seen.start.item(), seen.width.item()
             first, last = start * width, (start + seen.bins) * width
             counts, low, high = observe_histogram(x, first, last, seen.bins)
+            if seen._spans(low, high):
+                return replace(seen, counts=seen.counts + counts, num_seen=seen.num_seen + x.numel())
             if first <= low.item() and high.item() < last:
                 return replace(seen, counts=seen.counts + counts, num_seen=seen.num_seen + x.numel())._over(low, high)
         else:
             low, high = observe_min_max(x)
-        num_bad = num_not_finite(x)
+        # What is NaN or infinite makes an end so.
+        good = x.device.type == "cpu" and math.isfinite(low.item()) and math.isfinite(high.item())
+        num_bad = torch.zeros_like(seen.num_bad) if good else num_not_finite(x)
         if x.device.type == "cpu":
             check_seen(x.numel(), num_bad)
         grown = seen._over(low, high)
@@ -128,6 +133,11 @@ class Histogram:
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         return self.start * self.width, (self.start + self.bins) * self.width
+
+    def _spans(self, low: Tensor, high: Tensor) -> bool:
+        """Whether [low, high] is no news."""
+        exact = torch.promote_types(self.low.dtype, low.dtype) == self.low.dtype
+        return exact and self.low.item() <= low.item() and high.item() <= self.high.item()
 
     def _numbers(self) -> tuple[int, float]:
         return int(self.start.item()), self.width.item()

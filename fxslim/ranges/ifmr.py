@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.ranges.percentile import Percentile
-from fxslim.ranges.quantization_error import integer_grid, squared_error
+from fxslim.ranges.quantization_error import QuantizationError, integer_grid
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
 
@@ -55,7 +55,7 @@ class Ifmr(Percentile):
         else:
             highs = self._ratios * clip_max
             lows = clip_min.expand_as(highs)
-        errors = squared_error(*self.histogram.edges(), *integer_grid(lows, highs, num_points), num_points)
+        errors = QuantizationError(*self.histogram.edges(), num_points).squared(*integer_grid(lows, highs, num_points))
         best = errors.argmin()
         return self._as_clips(lows[best], highs[best])
 

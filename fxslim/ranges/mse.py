@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxslim.ranges.method import HistogramMethod
-from fxslim.ranges.quantization_error import integer_grid, squared_error
+from fxslim.ranges.quantization_error import QuantizationError, integer_grid
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
 # Exponents of 2, down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer.
@@ -44,8 +44,10 @@ class Mse(HistogramMethod):
                 return symmetric_ends(whole * up, quant_min, quant_max)
             return (low * down, high * up) if high > 0 else (low * up, high * down)
 
+        error = QuantizationError(edges, counts, num_points)
+
         def errors(down: Tensor, up: Tensor) -> Tensor:
-            return squared_error(edges, counts, *integer_grid(*clips(down, up), num_points), num_points)
+            return error.squared(*integer_grid(*clips(down, up), num_points))
 
         down, up = _least(errors, both=not symmetric and bool(low < 0 < high))
         return self._as_clips(*(end[0] for end in clips(down, up)))

@@ -8,24 +8,31 @@ from torch import Tensor
 _AT_ONCE = 1 << 20
 
 
-def squared_error(edges: Tensor, counts: Tensor, first: Tensor, step: Tensor, num_points: int) -> Tensor:
-    """For each candidate grid, the sum of squared distances to its nearest point.
+class QuantizationError:
+    """What grids of ``num_points`` points, ``first + k * step``, make of the values that bins hold.
 
-    A grid has ``num_points`` points, ``first + k * step``. The values of a bin lie evenly between its edges;
-    the integral over them is exact, whether a bin spans many points or none.
+    The values of a bin lie evenly between its edges; the integral over them is exact, whether a bin spans many points
+    or none.
 
-    >>> edges, one = torch.tensor([0.0, 1.0, 2.0]), torch.ones(1)
-    >>> squared_error(edges, torch.tensor([0, 3]), first=one, step=one, num_points=2)
+    >>> one, found = torch.ones(1), QuantizationError(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 3]), 2)
+    >>> found.squared(first=one, step=one)
     tensor([0.2500], dtype=torch.float64)
     """
-    by_points = num_points < counts.numel()
-    per_candidate = min(num_points, counts.numel())
-    # Around 0, so that no digits are lost where the data lies far away from it.
-    centre = (edges[0] + edges[-1]).double() / 2
-    edges, first = edges.double() - centre, first.double() - centre
-    pairs = zip(*(part.double().split(max(1, _AT_ONCE // per_candidate)) for part in (first, step)), strict=True)
-    error = _Moments(edges, counts).error if by_points else _Bins(edges, counts).error
-    return torch.cat([error(some_first[:, None], some_step[:, None], num_points) for some_first, some_step in pairs])
+
+    def __init__(self, edges: Tensor, counts: Tensor, num_points: int) -> None:
+        self.num_points = num_points
+        self._at_once = max(1, _AT_ONCE // min(num_points, counts.numel()))
+        # Around 0, so that no digits are lost where the data lies far away from it.
+        self._centre = (edges[0] + edges[-1]).double() / 2
+        kind = _Moments if num_points < counts.numel() else _Bins
+        self._error = kind(edges.double() - self._centre, counts).error
+
+    def squared(self, first: Tensor, step: Tensor) -> Tensor:
+        """For each candidate grid, the sum of squared distances to its nearest point."""
+        pairs = zip(
+            *(part.split(self._at_once) for part in (first.double() - self._centre, step.double())), strict=True
+        )
+        return torch.cat([self._error(some[:, None], steps[:, None], self.num_points) for some, steps in pairs])
 
 
 class _Moments:
@@ -43,20 +50,21 @@ class _Moments:
         means = (torch.ones_like(weights), (lower + upper) / 2, (lower**2 + lower * upper + upper**2) / 3)
         self.totals = [(weights * mean).sum() for mean in means]
         # What is below a point x of bin k: offsets[k] + density[k] * x, and the same of the means with x**2 / 2.
-        self.offsets = [
+        offsets = [
             torch.nn.functional.pad((weights * mean).cumsum(0)[:-1], (1, 0)) - self.density * lower**power / power
             for power, mean in enumerate(means[:2], 1)
         ]
+        # Side by side: what belongs to a bin is fetched in one go.
+        self.table = torch.stack([self.density, *offsets], 1)
         inner = width[1:-1]
         self.width = inner[0] if inner.numel() and bool((inner == inner[0]).all()) else None
 
     def error(self, first: Tensor, step: Tensor, num_points: int) -> Tensor:
         middles = first + step * (torch.arange(num_points - 1, dtype=torch.float64) + 0.5)
         inside = middles.clamp(self.edges[0], self.edges[-1])
-        k, density = self._bins_of(inside), self.density
-        density = density[k]
-        below = self.offsets[0][k].addcmul_(density, inside)
-        moment = self.offsets[1][k].addcmul_(density, inside.square_(), value=0.5)
+        density, below, moment = torch.nn.functional.embedding(self._bins_of(inside), self.table).unbind(-1)
+        below = below.addcmul(density, inside)
+        moment = moment.addcmul(density, inside.square_(), value=0.5)
         last = first[:, 0] + step[:, 0] * (num_points - 1)
         whole = self.totals[2] - 2 * last * self.totals[1] + last**2 * self.totals[0]
         return whole + 2 * step[:, 0] * moment.addcmul_(middles, below, value=-1).sum(1)
