@@ -28,7 +28,7 @@ def unchanged(place: Place) -> nn.Module:
 def pruned(place: Place, ratio: float) -> nn.Module:
     """With batch norms: the best of some settings, norms estimated anew. A transformer: repaired by least squares.
 
-    The lead of least squares is lost in a training of this length where there are batch norms, and kept where not.
+    What the other repair gives is a row of its own.
     """
     if place.net == "vit":
         return _pruned(place, ratio, heads="dim", repair="least_squares")
