@@ -14,7 +14,7 @@ from benchmarks.front.places import Place
 
 Write = Callable[[Place, nn.Module, Path], Path]
 FLOAT, TRAINED_ON = "float", "float, trained on"
-PRUNED = (0.25, 0.5, 0.75, 0.8)
+PRUNED = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,6 @@ CELLS = (
             plain=ours.float_file, int8=ours.calibrated_file,
         )
         for ratio in PRUNED
-    ),
-    _ours(
-        "pruned 75 %, repaired otherwise", partial(ours.repaired_otherwise, ratio=0.75), lighter=True,
-        plain=ours.float_file,
     ),
     _ours("2:4", partial(ours.sparse, pattern="2:4", ratio=0.5), int8=ours.calibrated_file),
     *(

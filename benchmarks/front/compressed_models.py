@@ -26,21 +26,11 @@ def unchanged(place: Place) -> nn.Module:
 
 
 def pruned(place: Place, ratio: float) -> nn.Module:
-    """With batch norms: the best of some settings, norms estimated anew. A transformer: repaired by least squares.
-
-    What the other repair gives is a row of its own.
-    """
+    """With batch norms: the best of some settings, norms estimated anew. A transformer: repaired by least squares."""
     if place.net == "vit":
         return _pruned(place, ratio, heads="dim", repair="least_squares")
     choices = itertools.product(("l2", "taylor"), ("layer", "global"))
     return place.best(_pruned(place, ratio, importance=kind, scope=scope, repair="bn") for kind, scope in choices)
-
-
-def repaired_otherwise(place: Place, ratio: float) -> nn.Module:
-    """What ``pruned`` would be with the repair that it does not choose."""
-    if place.net == "vit":
-        return _pruned(place, ratio, heads="dim", repair="bn")
-    return _pruned(place, ratio, scope="layer", repair="least_squares")
 
 
 def _pruned(place: Place, ratio: float, **wishes: Any) -> nn.Module:

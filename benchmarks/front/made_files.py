@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Made:
     accuracy: float = 0.0
     bytes: int = 0
     error: str = ""
+    # Its part of what the cell took.
+    seconds: float = 0.0
 
 
 def open_file(path: Path, network: str) -> Run:
@@ -71,8 +73,10 @@ def made_by(cell: Cell, place: Place) -> list[Made]:
         found = [Made(row=row.name, error=_reason(error)) for row in cell.rows]
     else:
         found = [_row_made(row, place, model) for row in cell.rows]
+    seconds = time.perf_counter() - start
+    found = [replace(one, seconds=seconds / len(found)) for one in found]
     write_file(kept, lambda temporary: temporary.write_text(json.dumps([asdict(one) for one in found])))
-    _tell(place, found, time.perf_counter() - start)
+    _tell(place, found, seconds)
     return found
 
 

@@ -21,7 +21,7 @@ ROUND_TO = 8
 # Training images that choose among settings.
 CHOOSING = 4000
 # The fixed budget of each contestant, in steps of the whole network: one of half the macs makes twice as many.
-STEPS = 110
+STEPS = 100
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def head(options: argparse.Namespace) -> list[str]:
+def head(options: argparse.Namespace, seconds: float) -> list[str]:
     text = f"""Letters in 16 classes, 3x32x32, {IMAGES[0]:,} training and {IMAGES[1]:,} test images, generated
     (`benchmarks/tasks/`). Networks are trained, then compressed, then trained on for the same {options.steps} steps of
     128 images, all with the same optimizer, rates and images in the same order; rows that end in "int8" or
@@ -153,7 +153,8 @@ def head(options: argparse.Namespace) -> list[str]:
     return [
         f"# The front: accuracy, latency and size, {datetime.date.today()}", "",
         f"{machine()}, onnxruntime {onnxruntime.__version__}", "", *paragraphs[0], "", *paragraphs[1], "",
-        f"Reproduce: `make pareto` (`{command} --steps {options.steps}`).", "",
+        f"Reproduce: `make pareto` (`{command} --steps {options.steps}`). All but the first trainings of the networks",
+        f"took {seconds / 60 / options.jobs:.0f} minutes of {options.jobs} processes, one thread each.", "",
     ]  # fmt: skip
 
 
@@ -172,9 +173,10 @@ def main() -> None:
     options.report.mkdir(parents=True, exist_ok=True)
     path = options.report / f"{datetime.date.today()}-front.md"
     path.with_suffix(".svg").write_text(picture(nets))
+    seconds = sum(one.seconds for made in results.values() for one in made)
     sections = [line for net, standings in nets.items() for line in section(net, standings)]
     shown = f"![accuracy over latency and over size]({path.with_suffix('.svg').name})"
-    path.write_text("\n".join([*head(options), *summary(nets), shown, "", *sections]))
+    path.write_text("\n".join([*head(options, seconds), *summary(nets), shown, "", *sections]))
     print(f"{path.read_text()}\nwrote {path}")
 
 

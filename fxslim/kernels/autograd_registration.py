@@ -14,6 +14,8 @@ from torch import Tensor
 def register_autograd(op_name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
     """``backward(ctx, *grads)`` gives one gradient for each argument, after ``setup_context(ctx, inputs, output)``.
 
+    Only the first output has a gradient.
+
     ``op_name``: an operator of fxslim without keyword-only arguments and without defaults.
     """
     operator = getattr(torch.ops.fxslim, op_name.removeprefix("fxslim::")).default
@@ -22,12 +24,17 @@ def register_autograd(op_name: str, backward: Callable[..., Any], *, setup_conte
         with torch._C._AutoDispatchBelowAutograd():
             result = operator(*args)
         setup_context(ctx, inputs=args, output=result)
+        # Else each backward makes zeros for the outputs that have no gradient.
+        ctx.set_materialize_grads(False)
         return result
+
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None,) * len(ctx.needs_input_grad) if grads[0] is None else backward(ctx, *grads)
 
     made: Any = type(
         f"fxslim_{operator.__name__.split('.')[0]}",
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        {"forward": staticmethod(forward), "backward": staticmethod(guarded)},
     )
 
     def dispatched(*args: Any) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data that ranges can be made of: some, and finite."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,19 @@ def num_not_finite(x: Tensor) -> Tensor:
     tensor(2)
     """
     return x.numel() - torch.isfinite(x).sum()
+
+
+def are_finite(low: Tensor, high: Tensor) -> bool:
+    """Whether both are, on the CPU, where looking is free: the ends of data tell of all of it.
+
+    >>> are_finite(torch.tensor(0.0), torch.tensor(torch.inf))
+    False
+    """
+    if low.device.type != "cpu":
+        return False
+    if low.dim() == 0:
+        return math.isfinite(low.item()) and math.isfinite(high.item())
+    return bool((low - low + high - high == 0).all())
 
 
 def check_seen(num_seen: Tensor | int, num_bad: Tensor) -> None:

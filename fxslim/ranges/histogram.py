@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from fxslim.errors import ConfigError
 from fxslim.kernels import observe_histogram, observe_min_max
 from fxslim.ranges.bin_grid import grid_of_bins, moved_counts, numbers_of_grid
-from fxslim.ranges.finite_data import check_seen, num_not_finite
+from fxslim.ranges.finite_data import are_finite, check_seen, num_not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +88,11 @@ class Histogram:
                 return replace(seen, counts=seen.counts + counts, num_seen=seen.num_seen + x.numel())._over(low, high)
         else:
             low, high = observe_min_max(x)
-        # What is NaN or infinite makes an end so.
-        good = x.device.type == "cpu" and math.isfinite(low.item()) and math.isfinite(high.item())
-        num_bad = torch.zeros_like(seen.num_bad) if good else num_not_finite(x)
-        if x.device.type == "cpu":
-            check_seen(x.numel(), num_bad)
+        num_bad: Tensor | int = 0
+        if not are_finite(low, high):
+            num_bad = num_not_finite(x)
+            if x.device.type == "cpu":
+                check_seen(x.numel(), num_bad)
         grown = seen._over(low, high)
         counts, *_ = observe_histogram(x, *grown._ends(), seen.bins)
         return replace(

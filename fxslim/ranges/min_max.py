@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.kernels import observe_min_max
-from fxslim.ranges.finite_data import check_seen, num_not_finite
+from fxslim.ranges.finite_data import are_finite, check_seen, num_not_finite
 from fxslim.ranges.method import RangeMethod
 from fxslim.ranges.symmetric_ranges import range_with_zero
 
@@ -43,14 +43,13 @@ class MinMax(RangeMethod):
                 f"{low.numel()} channels along axis {self.axis} of {tuple(x.shape)}, {self.low.numel()} before:"
                 " every batch needs the same number"
             )
-        on_cpu = x.device.type == "cpu"
-        good = on_cpu and bool((low - low + high - high == 0).all())
-        num_bad = torch.zeros_like(self.num_bad) if good else num_not_finite(x)
-        if on_cpu:
-            check_seen(x.numel(), num_bad)
+        if not are_finite(low, high):
+            num_bad = num_not_finite(x)
+            if x.device.type == "cpu":
+                check_seen(x.numel(), num_bad)
+            self.num_bad = self.num_bad + num_bad
         self.low, self.high = self._updated(low, high)
         self.num_seen = self.num_seen + x.numel()
-        self.num_bad = self.num_bad + num_bad
 
     def _updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return torch.minimum(self.low, low), torch.maximum(self.high, high)

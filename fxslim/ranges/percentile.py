@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import ConfigError
-from fxslim.ranges.extreme_values import NUM_KEPT, largest_with, no_values
+from fxslim.ranges.extreme_values import NUM_KEPT, largest_with, no_values, smallest_with
 from fxslim.ranges.method import HistogramMethod
 from fxslim.ranges.symmetric_ranges import range_with_zero
 
@@ -64,7 +64,7 @@ class Percentile(HistogramMethod):
         super().observe(x)
         if x.numel() > 0:
             self.largest = largest_with(self.largest.to(x.device), x)
-            self.smallest = -largest_with(-self.smallest.to(x.device), -x)
+            self.smallest = smallest_with(self.smallest.to(x.device), x)
 
     def state(self) -> dict[str, Tensor]:
         """The histogram's fields, and the largest and smallest values."""
@@ -80,7 +80,7 @@ class Percentile(HistogramMethod):
         super().merge(other)
         device = self.largest.device
         self.largest = largest_with(self.largest, other.largest.to(device))
-        self.smallest = -largest_with(-self.smallest, -other.smallest.to(device))
+        self.smallest = smallest_with(self.smallest, other.smallest.to(device))
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The k-th smallest and k-th largest value, as float64 on the CPU."""

@@ -33,16 +33,22 @@ void by_channel(const T* x, T* y, const Walk& walk, const Settings& settings, co
   using M = math_t<T>;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(walk.inner, 1));
   torch::stable::parallel_for(0, walk.channels, grain, [&](int64_t first, int64_t last) {
+    GridTable<M> grid(Walk{1, 1, walk.inner});
     for (int64_t c = first; c < last; ++c) {
       M acc[3] = {range_start<M>(kLow), range_start<M>(kHigh), range_start<M>(kBad)};
       const int64_t at = c * walk.inner;
       extend_by_run(x, at, at + walk.inner, acc);
       settings.settle(out, c, range_of(acc, 1));
-      const Walk one{1, 1, walk.inner};
-      const GridTable<M> grid(one, out.scale + c, out.zero_point + c, settings.quant_min, settings.quant_max, false);
+      grid.fill_whole(out.scale + c, out.zero_point + c, settings.quant_min, settings.quant_max, false);
       quantize_range(x + at, y + at, nullptr, 0, walk.inner, grid);
     }
   });
+}
+
+template <class M>
+void copy_values(const Tensor& from, M* to, int64_t count) {
+  const Tensor values = from.is_contiguous() ? from : torch::stable::contiguous(from);
+  std::copy_n(static_cast<const M*>(values.const_data_ptr()), count, to);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_fake_quantize(
@@ -55,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_fake_quantize
   const Tensor input = in_order(x, channels_last);
   Tensor y = empty_in_order(x, x.scalar_type(), channels_last);
   Tensor mask = empty_vector(x, save_mask ? mask_bytes(walk.numel()) : 0, ScalarType::Byte);
-  Tensor low = torch::stable::clone(torch::stable::contiguous(range_min));
-  Tensor high = torch::stable::clone(torch::stable::contiguous(range_max));
+  Tensor low = empty_vector(x, walk.channels, math_type(x)), high = empty_vector(x, walk.channels, math_type(x));
   Tensor scale = empty_vector(x, walk.channels, math_type(x));
   Tensor zero_point = empty_vector(x, walk.channels, ScalarType::Int);
   const Averaging rule{!averaging.has_value(), averaging.value_or(1.0)};
@@ -67,6 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_fake_quantize
     const Outputs<M> out{
         static_cast<M*>(low.mutable_data_ptr()), static_cast<M*>(high.mutable_data_ptr()),
         static_cast<M*>(scale.mutable_data_ptr()), static_cast<int32_t*>(zero_point.mutable_data_ptr())};
+    copy_values<M>(range_min, out.low, walk.channels);
+    copy_values<M>(range_max, out.high, walk.channels);
     const T* from = static_cast<const T*>(input.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
     if (walk.numel() == 0) {
@@ -77,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_fake_quantize
       }
       return;
     }
-    if (walk.outer == 1 && walk.channels > 1 && walk.inner >= 32 && !save_mask)
+    if (walk.outer == 1 && walk.channels > 1 && walk.inner >= 8 && !save_mask)
       return by_channel(from, to, walk, settings, out);
     const auto ranges = channel_ranges(from, walk);
     for (int64_t c = 0; c < walk.channels; ++c) settings.settle(out, c, ranges[c]);

@@ -58,17 +58,25 @@ struct GridTable {
   bool spread = false;
   std::vector<M> scale, low, high, kept_from, kept_to;
 
+  // Empty: to be filled.
+  explicit GridTable(const Walk& walk_) : walk(walk_) {}
+
   GridTable(
       const Walk& walk_, const M* scale_, const int32_t* zero_point, int64_t quant_min, int64_t quant_max,
       bool with_mask)
       : walk(walk_) {
-    fill(scale_, with_mask, WholeGrid<M>{}, [=](int64_t c) {
-      return std::pair(static_cast<M>(quant_min - zero_point[c]), static_cast<M>(quant_max - zero_point[c]));
-    });
+    fill_whole(scale_, zero_point, quant_min, quant_max, with_mask);
   }
 
   GridTable(const Walk& walk_, const M* scale_, const FloatGrid<M>& grid, bool with_mask) : walk(walk_) {
     fill(scale_, with_mask, grid, [=](int64_t) { return std::pair(-grid.largest, grid.largest); });
+  }
+
+  void fill_whole(
+      const M* scale_, const int32_t* zero_point, int64_t quant_min, int64_t quant_max, bool with_mask) {
+    fill(scale_, with_mask, WholeGrid<M>{}, [=](int64_t c) {
+      return std::pair(static_cast<M>(quant_min - zero_point[c]), static_cast<M>(quant_max - zero_point[c]));
+    });
   }
 
   // bounds(c) are those of a channel, in steps from the zero point.
