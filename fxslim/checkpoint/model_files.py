@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxslim.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
-from fxslim.checkpoint.plan_files import Plan, plan_from_dict
+from fxslim.checkpoint.plan_files import plan_from_dict
 from fxslim.errors import CheckpointError
 from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.plan.applied_plans import applied, plain_names
 from fxslim.plan.file_writing import write_file
+from fxslim.plan.plan import Plan
 
 FORMAT = "1"
 _OPTIMIZER = "optimizer/"

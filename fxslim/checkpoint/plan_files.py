@@ -7,18 +7,14 @@ from typing import Any
 
 from fxslim.deploy.convert_plan import ConvertPlan
 from fxslim.errors import CheckpointError, unknown_name
+from fxslim.plan.plan import Plan
 from fxslim.pruning.pruning_plan import PruningPlan
 from fxslim.quantization.quantization_plan import QuantizationPlan
 from fxslim.sparsity.baking import BakePlan
 from fxslim.sparsity.sparsity_plan import SparsityPlan
 
-Plan = PruningPlan | SparsityPlan | BakePlan | QuantizationPlan | ConvertPlan
-_KINDS: dict[str, Any] = {
-    "pruning": PruningPlan,
-    "sparsity": SparsityPlan,
-    "bake": BakePlan,
-    "quantization": QuantizationPlan,
-    "convert": ConvertPlan,
+_KINDS: dict[str, type[Plan]] = {
+    plan.kind: plan for plan in (PruningPlan, SparsityPlan, BakePlan, QuantizationPlan, ConvertPlan)
 }
 
 

@@ -2,10 +2,7 @@
 """A plan of how quantized and sparse layers are deployed; replayed, it rebuilds the structure for saved weights."""
 
 import functools
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,38 +13,36 @@ from fxslim.batches import Data
 from fxslim.deploy.layer_conversion import BLOCKS, LayerConversion, conversion_from_row
 from fxslim.deploy.readiness import refuse_unready, refuse_violations
 from fxslim.deploy.stripped_masks import take_no_nested, unmask
-from fxslim.errors import CheckpointError, ConfigError, PlanError
+from fxslim.errors import ConfigError, PlanError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.recording import undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
-from fxslim.graph.surgery.changes import Changes, all_or_nothing
+from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import HandedOverLinearQAT, MaskedWeights, QuantizedLayer
 from fxslim.nn.deployed_layers import become, held
 from fxslim.nn.norm_folding import without_norm
 from fxslim.nn.quantizers import ActivationQuantizer
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
-from fxslim.plan.file_writing import write_file
-
-KIND = "convert"
-VERSION = 1
+from fxslim.plan.plan import Plan, Shapes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ConvertPlan:
-    """The layers that are deployed; all other quantizers of activations keep their grid for good."""
+class ConvertPlan(Plan):
+    """The layers that are deployed; all other quantizers of activations keep their grid for good.
+
+    ``apply`` turns the layers into deployed ones, which do not train: it takes no optimizer.
+    """
+
+    kind = "convert"
 
     layers: tuple[LayerConversion, ...]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     # ReLUs that became part of layers.
     relus: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
-
-    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
-        """Turn the layers into deployed ones, in place; returns the model. After any error it is as it was."""
-        return all_or_nothing(model, lambda changes: self.change_model(model, changes, optimizer, values=values))
 
     def change_model(
         self,
@@ -58,7 +53,6 @@ class ConvertPlan:
         values: bool = True,
         data: Data | None = None,
     ) -> None:
-        """Convert and note the plan; the caller takes ``changes`` back after an error."""
         if optimizer is not None:
             raise ConfigError("a converted model does not train: give no optimizer")
         refuse_wrapped(model)
@@ -111,39 +105,21 @@ class ConvertPlan:
     def _relus_of(self, model: nn.Module) -> list[nn.Module]:
         return [model.get_submodule(module_in(model, name)) for name in self.relus]
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, under a temporary name first."""
-        text = json.dumps(self.to_dict(), indent=1)
-        write_file(path, lambda temporary: temporary.write_text(text))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+    def _to_fields(self) -> dict[str, Any]:
         return {
-            "kind": KIND,
-            "version": VERSION,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "layers": [one.to_row() for one in self.layers],
             "relus": list(self.relus),
             "notes": list(self.notes),
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The plan that ``to_dict`` wrote."""
-        if data.get("kind") != KIND or data.get("version") != VERSION:
-            raise CheckpointError(
-                f"expected a {KIND} plan of version {VERSION}, got kind {data.get('kind')!r}, "
-                f"version {data.get('version')!r}"
-            )
-        try:
-            return cls(
-                layers=tuple(conversion_from_row(*fields) for fields in data["layers"]),
-                shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
-                relus=tuple(map(str, data.get("relus", ()))),
-                notes=tuple(map(str, data["notes"])),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
+    def _from_fields(cls, data: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self:
+        return cls(
+            layers=tuple(conversion_from_row(*fields) for fields in data["layers"]),
+            shapes=shapes,
+            relus=tuple(map(str, data.get("relus", ()))),
+            notes=tuple(map(str, data["notes"])),
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "kernel", "bytes before", "bytes after")]

@@ -3,31 +3,29 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxslim.batches import Data, Forward, given_data
-from fxslim.errors import CheckpointError, PlanError, TraceError
+from fxslim.batches import Data
+from fxslim.errors import PlanError, TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import ModelState
 from fxslim.graph.recording import named_states, undisturbed
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.size_checks import NewAttribute
-from fxslim.graph.surgery.changes import Changes, all_or_nothing
+from fxslim.graph.surgery.changes import Changes
 from fxslim.graph.surgery.cutting import Cut, Surgery
 from fxslim.graph.unweighted_norms import find_unweighted_norms
 from fxslim.graph.weight_norms import find_weight_norms
 from fxslim.graph.width_scales import Scaling
 from fxslim.plan.applied_plans import names_in, plain_name, remember_plan
 from fxslim.plan.cut_fields import pack_cuts, unpack_cuts
-from fxslim.plan.file_writing import write_file
+from fxslim.plan.plan import Plan, Shapes
 from fxslim.pruning.channel_masking import ChannelMask, mask_of
 from fxslim.pruning.constant_folding import Fold, folded_values
 from fxslim.pruning.example_shapes import describe_inputs, described_inputs
@@ -44,9 +42,6 @@ from fxslim.pruning.scaling import renamed_scalings, scaled_values
 from fxslim.pruning.verification import Verification, verify_cuts
 from fxslim.pruning.weight_masks import WeightMasks
 
-KIND = "pruning"
-VERSION = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRow:
@@ -59,15 +54,23 @@ class GroupRow:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PruningPlan:
+class PruningPlan(Plan):
     """What to remove from a model with exactly these parameter shapes.
 
     ``cuts`` are kept indices in the coordinates of the model that the plan is applied to. Printing a plan gives
     a table of groups with their channels before and after, and the cost before and after.
+
+    ``apply`` removes the channels. Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training
+    goes on; losses that were computed before can't be walked backward any more. ``values=False`` folds no constants and
+    repairs nothing. A repair reads ``data`` by ``forward``, as in ``plan_pruning``. A mask of this plan is taken away
+    with its channels.
     """
 
+    kind = "pruning"
+    reads_data = True
+
     cuts: tuple[Cut, ...]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
     rows: tuple[GroupRow, ...]
     macs: tuple[int, int]
     params: tuple[int, int]
@@ -135,28 +138,6 @@ class PruningPlan:
 
         return describe_cuts(self.cuts, self.shapes)
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: Optimizer | None = None,
-        values: bool = True,
-        data: Iterable[Any] | None = None,
-        forward: Forward | None = None,
-    ) -> nn.Module:
-        """Remove the channels, in place; returns the model. After any error the model is as it was.
-
-        Gradients and what ``optimizer`` keeps for the parameters are cut alike, so training goes on. Losses that
-        were computed before can't be walked backward any more.
-        ``values=False`` changes shapes only and leaves the values to a state dict: constants are not folded, nothing
-        is repaired. A repair reads ``data`` by ``forward``, as in ``plan_pruning``; by default what the plan was made
-        with. A mask of this plan is taken away with its channels.
-        """
-        given = given_data(data, forward)
-        return all_or_nothing(
-            model, lambda changes: self.change_model(model, changes, optimizer, values=values, data=given)
-        )
-
     def change_model(
         self,
         model: nn.Module,
@@ -166,7 +147,6 @@ class PruningPlan:
         values: bool = True,
         data: Data | None = None,
     ) -> None:
-        """Cut the model, try its forward and note the plan; the caller takes ``changes`` back after an error."""
         model, names = self._names_in(model)
         cuts, mask = _renamed(self.cuts, names), self._own_mask(model, names)
         mending = Mending.planned(self.repair, data, self.data) if values else None
@@ -304,17 +284,8 @@ class PruningPlan:
             outcome = dataclasses.replace(outcome, notes=(*outcome.notes, UNREPAIRED))
         return outcome
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, under a temporary name first."""
-        text = json.dumps(self.to_dict(), indent=1)
-        write_file(path, lambda temporary: temporary.write_text(text))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+    def _to_fields(self) -> dict[str, Any]:
         data: dict[str, Any] = {
-            "kind": KIND,
-            "version": VERSION,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "cuts": pack_cuts(self.cuts),
             "new_sizes": [
                 [n.attribute.module, n.attribute.name, n.attribute.item, n.before, n.after] for n in self.new_sizes
@@ -336,34 +307,24 @@ class PruningPlan:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The plan that ``to_dict`` wrote."""
-        if data.get("kind") != KIND or data.get("version") != VERSION:
-            raise CheckpointError(
-                f"expected a {KIND} plan of version {VERSION}, got kind {data.get('kind')!r}, "
-                f"version {data.get('version')!r}"
-            )
-        try:
-            masks = data.get("masks")
-            shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
-            return cls(
-                cuts=unpack_cuts(data["cuts"], shapes),
-                new_sizes=unpack_sizes(data.get("new_sizes", ())),
-                scalings=unpack_scalings(data.get("scalings", ()), shapes),
-                shapes=shapes,
-                rows=tuple(
-                    GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]
-                ),
-                macs=(int(data["macs"][0]), int(data["macs"][1])),
-                params=(int(data["params"][0]), int(data["params"][1])),
-                notes=tuple(map(str, data.get("notes", ()))),
-                zeros=None if masks is None else unpack_cuts(masks["zeros"], shapes),
-                folds=() if masks is None else unpack_folds(masks["folds"], shapes),
-                inputs=() if masks is None else described_inputs(masks["inputs"]),
-                repair=None if "repair" not in data else unpack_repair(data["repair"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
+    def _from_fields(cls, data: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self:
+        masks = data.get("masks")
+        return cls(
+            cuts=unpack_cuts(data["cuts"], shapes),
+            new_sizes=unpack_sizes(data.get("new_sizes", ())),
+            scalings=unpack_scalings(data.get("scalings", ()), shapes),
+            shapes=shapes,
+            rows=tuple(
+                GroupRow(name=str(n), before=int(b), after=int(a), layers=int(k)) for n, b, a, k in data["rows"]
+            ),
+            macs=(int(data["macs"][0]), int(data["macs"][1])),
+            params=(int(data["params"][0]), int(data["params"][1])),
+            notes=tuple(map(str, data.get("notes", ()))),
+            zeros=None if masks is None else unpack_cuts(masks["zeros"], shapes),
+            folds=() if masks is None else unpack_folds(masks["folds"], shapes),
+            inputs=() if masks is None else described_inputs(masks["inputs"]),
+            repair=None if "repair" not in data else unpack_repair(data["repair"]),
+        )
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [5])

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan of which layers are quantized and where other quantizers go."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.batches import Data
-from fxslim.errors import CheckpointError, PlanError
+from fxslim.errors import PlanError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
-from fxslim.graph.surgery.changes import Changes, all_or_nothing
+from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import ActivationQuant, QuantConfig
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
-from fxslim.plan.file_writing import write_file
+from fxslim.plan.plan import Plan, Shapes
 from fxslim.quantization.quantized_models import (
     add_to_optimizer,
     fold_norms,
@@ -29,9 +27,6 @@ from fxslim.quantization.quantized_models import (
 )
 from fxslim.quantization.targets import as_target
 from fxslim.quantization.trial import try_quantized
-
-KIND = "quantization"
-VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +43,18 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QuantizationPlan:
-    """Layers with their configs, modules whose output is quantized, and the target that decided the grids."""
+class QuantizationPlan(Plan):
+    """Layers with their configs, modules whose output is quantized, and the target that decided the grids.
+
+    ``apply`` turns the layers into their QAT counterparts: they stay the same objects with the same Parameters. What is
+    learned besides, such as clips, joins the ``optimizer`` as a group of its own, without weight decay.
+    """
+
+    kind = "quantization"
 
     layers: tuple[LayerPlan, ...]
     outputs: Mapping[str, ActivationQuant]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     target: str
     start_step: int = 0
     # Batch norms that are folded into the convolution before, {convolution: norm}, and when they freeze.
@@ -67,14 +68,6 @@ class QuantizationPlan:
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
 
-    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
-        """Turn the layers into their QAT counterparts, in place; returns the model.
-
-        Layers stay the same objects with the same Parameters. What is learned besides, such as clips, joins the
-        ``optimizer`` as a group of its own, without weight decay. After any error the model is as it was.
-        """
-        return all_or_nothing(model, lambda changes: self.change_model(model, changes, optimizer, values=values))
-
     def change_model(
         self,
         model: nn.Module,
@@ -84,7 +77,6 @@ class QuantizationPlan:
         values: bool = True,
         data: Data | None = None,
     ) -> None:
-        """Quantize and note the plan; the caller takes ``changes`` back after an error."""
         refuse_wrapped(model)
         model = without_compile_wrapper(model)
         names_in(model, self.shapes)
@@ -107,17 +99,8 @@ class QuantizationPlan:
         add_to_optimizer(optimizer, added, changes)
         remember_plan(model, self, changes)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, under a temporary name first."""
-        text = json.dumps(self.to_dict(), indent=1)
-        write_file(path, lambda temporary: temporary.write_text(text))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+    def _to_fields(self) -> dict[str, Any]:
         return {
-            "kind": KIND,
-            "version": VERSION,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "layers": {one.name: one.config.to_dict() for one in self.layers},
             "given": [one.name for one in self.layers if one.is_given],
             "users": {one.name: one.user for one in self.layers if one.user is not None},
@@ -132,41 +115,32 @@ class QuantizationPlan:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The plan that ``to_dict`` wrote."""
-        if data.get("kind") != KIND or data.get("version") != VERSION:
-            raise CheckpointError(
-                f"expected a {KIND} plan of version {VERSION}, got kind {data.get('kind')!r}, "
-                f"version {data.get('version')!r}"
-            )
-        try:
-            users = {str(name): str(user) for name, user in data.get("users", {}).items()}
-            given = {str(name) for name in data["given"]}
-            strange = (users.keys() | given) - data["layers"].keys()
-            if strange:
-                raise PlanError(f"it knows more of {min(strange)}, which it does not quantize")
-            return cls(
-                layers=tuple(
-                    LayerPlan(
-                        name=str(name),
-                        config=QuantConfig.from_dict(config),
-                        user=users.get(name),
-                        is_given=name in given,
-                    )
-                    for name, config in data["layers"].items()
-                ),
-                outputs={str(name): ActivationQuant(**config) for name, config in data["outputs"].items()},
-                shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
-                target=as_target(data["target"]).name,
-                start_step=int(data["start_step"]),
-                folds={str(conv): str(norm) for conv, norm in data.get("folds", {}).items()},
-                norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
-                sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
-                freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
-                notes=tuple(map(str, data["notes"])),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the plan is damaged: {type(error).__name__}: {error}; save it again") from error
+    def _from_fields(cls, data: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self:
+        users = {str(name): str(user) for name, user in data.get("users", {}).items()}
+        given = {str(name) for name in data["given"]}
+        strange = (users.keys() | given) - data["layers"].keys()
+        if strange:
+            raise PlanError(f"it knows more of {min(strange)}, which it does not quantize")
+        return cls(
+            layers=tuple(
+                LayerPlan(
+                    name=str(name),
+                    config=QuantConfig.from_dict(config),
+                    user=users.get(name),
+                    is_given=name in given,
+                )
+                for name, config in data["layers"].items()
+            ),
+            outputs={str(name): ActivationQuant(**config) for name, config in data["outputs"].items()},
+            shapes=shapes,
+            target=as_target(data["target"]).name,
+            start_step=int(data["start_step"]),
+            folds={str(conv): str(norm) for conv, norm in data.get("folds", {}).items()},
+            norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
+            sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
+            freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
+            notes=tuple(map(str, data["notes"])),
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "weight", "input", "output")]

@@ -9,18 +9,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxslim.batches import Data
-from fxslim.errors import CheckpointError, PlanError
+from fxslim.errors import PlanError
 from fxslim.graph.model_state import HookState
 from fxslim.graph.recording import named_states
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
-from fxslim.graph.surgery.changes import Changes, all_or_nothing
+from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import MaskedWeights, QuantizedLayer
 from fxslim.nn.handed_over import stop_counting
 from fxslim.nn.masked_weights import drop_masks, strip_masks
 from fxslim.plan.applied_plans import names_in, remember_plan
-
-KIND = "bake"
-VERSION = 1
+from fxslim.plan.plan import Plan, Shapes
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -39,14 +37,12 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BakePlan:
+class BakePlan(Plan):
     """That masks were taken away at this point, for replaying a model's plans."""
 
-    shapes: dict[str, tuple[int, ...]]
+    kind = "bake"
 
-    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None, values: bool = True) -> nn.Module:
-        """Bake, or leave the model as it was."""
-        return all_or_nothing(model, lambda changes: self.change_model(model, changes, optimizer, values=values))
+    shapes: Shapes
 
     def change_model(
         self,
@@ -57,7 +53,6 @@ class BakePlan:
         values: bool = True,
         data: Data | None = None,
     ) -> None:
-        """Bake and note it; the caller takes ``changes`` back after an error."""
         refuse_wrapped(model)
         names_in(model, self.shapes)
         layers = [module for module in model.modules() if isinstance(module, MaskedWeights) and module.weight_names]
@@ -70,18 +65,12 @@ class BakePlan:
             stop_counting(module)
         remember_plan(model, self, changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        return {
-            "kind": KIND, "version": VERSION, "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-        }  # fmt: skip
+    def _to_fields(self) -> dict[str, Any]:
+        return {}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The plan that ``to_dict`` wrote."""
-        if data.get("kind") != KIND or data.get("version") != VERSION or not isinstance(data.get("shapes"), dict):
-            raise CheckpointError(f"the plan is no {KIND} plan of version {VERSION}, or damaged: save it again")
-        return cls(shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()})
+    def _from_fields(cls, data: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self:
+        return cls(shapes=shapes)
 
     def __str__(self) -> str:
         return "masks written into the weights"
