@@ -5,9 +5,13 @@ The bits follow the elements in one of two orders, which the operator is told: c
 last. So a mask means the same whatever memory format the gradient arrives in.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fxslim.errors import ConfigError
 from fxslim.kernels.arguments import in_order
 from fxslim.kernels.autograd_registration import register_autograd
 
@@ -16,14 +20,6 @@ _GATHER = 0x0102040810204080
 # Eight copies of a byte, each keeping another bit: byte k of the product is not 0 where bit k is set.
 _SPREAD = 0x0101010101010101
 _PICK = 0x8040201008040201 - (1 << 64)
-
-
-def no_mask(op_name: str) -> str:
-    """Text of the error for a backward without a mask."""
-    return (
-        f"fxslim::{op_name} ran without a clip mask (its input did not require grad when the call was made, or when "
-        "the graph was exported), so it has no backward: export with an input that requires grad"
-    )
 
 
 def walk(x: Tensor, channels_last: bool) -> Tensor:
@@ -84,3 +80,34 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 register_autograd("fxslim::mask_gradient", _backward, setup_context=_setup)
+
+
+def _passes_none(*inputs: Any) -> bool:
+    return False
+
+
+def register_masked_backward(op_name: str, passes_all: Callable[..., bool] = _passes_none) -> None:
+    """The gradient of the first argument passes where nothing was clipped, or everywhere where ``passes_all(*inputs)``.
+
+    For operators whose last arguments are ``channels_last`` and ``save_mask``, and whose last output is the mask.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.passes_all = passes_all(*inputs)
+        ctx.channels_last, ctx.has_mask = inputs[-2:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[-1])
+
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        rest = [None] * (len(ctx.needs_input_grad) - 1)
+        if ctx.passes_all:
+            return grad, *rest
+        if not ctx.has_mask:
+            raise ConfigError(
+                f"{op_name} ran without a clip mask (its input did not require grad when the call was made, or when "
+                "the graph was exported), so it has no backward: export with an input that requires grad"
+            )
+        (mask,) = ctx.saved_tensors
+        return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *rest
+
+    register_autograd(op_name, backward, setup_context=setup)

@@ -16,8 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
-from fxslim.kernels.autograd_registration import register_autograd
-from fxslim.kernels.clip_masks import no_mask, pack_mask
+from fxslim.kernels.clip_masks import pack_mask, register_masked_backward
 from fxslim.kernels.quantization_grid import quantize_on_grid
 
 torch.library.define(
@@ -52,19 +51,7 @@ def _fake(x, scale, zero_point, quant_min, quant_max, axis, channels_last, save_
     return torch.empty_like(in_order(x, channels_last)), x.new_empty(size, dtype=torch.uint8)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.channels_last, ctx.has_mask = inputs[6:8]
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
-    if not ctx.has_mask:
-        raise ConfigError(no_mask("fake_quantize"))
-    (mask,) = ctx.saved_tensors
-    return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 7
-
-
-register_autograd("fxslim::fake_quantize", _backward, setup_context=_setup)
+register_masked_backward("fxslim::fake_quantize")
 
 
 def fake_quantize(

@@ -16,8 +16,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
-from fxslim.kernels.autograd_registration import register_autograd
-from fxslim.kernels.clip_masks import no_mask, pack_mask
+from fxslim.kernels.clip_masks import pack_mask, register_masked_backward
 from fxslim.kernels.quantization_grid import along_axis, usable_scale
 
 # Any format with 1 to 10 mantissa bits, subnormals below 2 ** least_exponent, and `largest` one of its values.
@@ -84,19 +83,7 @@ def _fake(x, scale, mantissa_bits, least_exponent, largest, axis, channels_last,
     return torch.empty_like(in_order(x, channels_last)), x.new_empty(size, dtype=torch.uint8)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.channels_last, ctx.has_mask = inputs[6:8]
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
-    if not ctx.has_mask:
-        raise ConfigError(no_mask("fake_quantize_float"))
-    (mask,) = ctx.saved_tensors
-    return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 7
-
-
-register_autograd("fxslim::fake_quantize_float", _backward, setup_context=_setup)
+register_masked_backward("fxslim::fake_quantize_float")
 
 
 def fake_quantize_float(x: Tensor, scale: Tensor | float, format: str, axis: int | None = None) -> Tensor:

@@ -15,8 +15,7 @@ from fxslim.kernels.arguments import (
     lies_channels_last,
     math_dtype,
 )
-from fxslim.kernels.autograd_registration import register_autograd
-from fxslim.kernels.clip_masks import no_mask, pack_mask
+from fxslim.kernels.clip_masks import pack_mask, register_masked_backward
 from fxslim.kernels.observation import min_max_reference
 from fxslim.kernels.quantization_grid import grid_from_range, quantize_on_grid
 
@@ -77,23 +76,7 @@ def never_clips(averaging: float | None, symmetric: bool) -> bool:
     return symmetric and averaging == 1.0
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.identity = never_clips(inputs[5], inputs[6])
-    ctx.channels_last, ctx.has_mask = inputs[8:10]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[5])
-
-
-def _backward(ctx, grad: Tensor, *_):  # type: ignore[no-untyped-def]
-    if ctx.identity:
-        return grad, *[None] * 9
-    if not ctx.has_mask:
-        raise ConfigError(no_mask("observe_fake_quantize"))
-    (mask,) = ctx.saved_tensors
-    return torch.ops.fxslim.mask_gradient(grad, mask, ctx.channels_last), *[None] * 9
-
-
-register_autograd("fxslim::observe_fake_quantize", _backward, setup_context=_setup)
+register_masked_backward("fxslim::observe_fake_quantize", lambda *inputs: never_clips(inputs[5], inputs[6]))
 
 
 def observe_fake_quantize(
