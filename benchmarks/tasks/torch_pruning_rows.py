@@ -98,6 +98,9 @@ class _Rival:
         for _ in range(14):
             middle = (low + high) / 2
             pruned = self.at(middle)
+            if pruned is None:
+                high = middle
+                continue
             kept = fxslim.trace(pruned, self.example).cost.macs
             if abs(kept - macs) <= CLOSE * macs:
                 return pruned, kept
@@ -107,7 +110,8 @@ class _Rival:
                 high = middle
         return best if best is not None and best[1] <= (1 + FAR) * macs else None
 
-    def at(self, ratio: float) -> nn.Module:
+    def at(self, ratio: float) -> nn.Module | None:
+        """The network after one step; None where it takes all heads."""
         import torch_pruning
 
         model = copy.deepcopy(self.model).eval()
@@ -124,6 +128,8 @@ class _Rival:
             head_pruning_ratio=min(ratio, 0.75) if self.heads else 0.0, round_to=self.round_to,
         )  # fmt: skip
         pruner.step()
+        if not all(pruner.num_heads[attention.query] for attention in attentions):
+            return None
         for attention in attentions:
             attention.num_heads = pruner.num_heads[attention.query]
             attention.head_dim = attention.query.out_features // attention.num_heads
