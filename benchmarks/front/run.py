@@ -149,12 +149,14 @@ def head(options: argparse.Namespace, seconds: float) -> list[str]:
     if REDUCED:
         timing += " Without VNNI all int8 weights have 7 bits here: with 8, sums of products saturate."
     command = f"python -m benchmarks.front.run --nets {' '.join(options.nets)} --seeds {options.seeds}"
+    how = f"""Reproduce: `make pareto` (`{command} --steps {options.steps}`). All but the first trainings of networks
+    took {seconds / 60 / options.jobs:.0f} minutes of {options.jobs} processes, one thread each."""
+    how = " ".join(how.split())
     paragraphs = [textwrap.wrap(" ".join(part.split()), 118, break_on_hyphens=False) for part in (text, timing)]
     return [
         f"# The front: accuracy, latency and size, {datetime.date.today()}", "",
         f"{machine()}, onnxruntime {onnxruntime.__version__}", "", *paragraphs[0], "", *paragraphs[1], "",
-        f"Reproduce: `make pareto` (`{command} --steps {options.steps}`). All but the first trainings of the networks",
-        f"took {seconds / 60 / options.jobs:.0f} minutes of {options.jobs} processes, one thread each.", "",
+        *textwrap.wrap(how, 118, break_on_hyphens=False), "",
     ]  # fmt: skip
 
 

@@ -72,9 +72,11 @@ def front(standings: list[Standing], measure: Measure) -> list[Standing]:
 
 
 def best_within(standings: list[Standing], points: float, measure: Measure) -> Standing:
-    """fxslim's smallest that loses at most these points of the float network's mean accuracy."""
+    """fxslim's smallest that loses at most these points of the float network's mean accuracy; of equals the best."""
     least = reference(standings).accuracy - points
-    return min((one for one in made(standings) if one.by == "fxslim" and one.accuracy >= least), key=measure)
+    good = [one for one in made(standings) if one.by == "fxslim" and one.accuracy >= least]
+    smallest = min(measure(one) for one in good)
+    return max((one for one in good if measure(one) <= smallest * SAME_TIME), key=lambda one: one.accuracy)
 
 
 def rival_of(peer: Standing, standings: list[Standing], measure: Measure) -> Standing | None:

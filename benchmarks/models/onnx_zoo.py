@@ -121,7 +121,7 @@ def write(path: Path, lines: dict[str, str]) -> None:
         f"- BIASES ({counts['BIASES']}): more, but at most {TOLERANCE:.0%} with biases in float. Integer kernels add",
         "  biases of int32, which are up to half a step of the sums off.",
         f"- ROUNDING ({counts['ROUNDING']}): more, but (with biases in float) at most three times `rounding`, which is",
-        "  what float64, or inputs moved by some last places, change in the torch model.", "",
+        "  what float64, or numbers moved by some last places, change in the torch model.", "",
         "Weights are random, of order 1, unlike a trained model's: a value that is rounded to the other side changes",
         "more of them from layer to layer. `quantized`: relative L2 of the quantized torch model to the float one.", "",
         *saturation_note(), "",

@@ -4,7 +4,9 @@
 import contextlib
 import copy
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from fxslim.errors import ConfigError, ExportError
 from fxslim.export.onnx_packages import onnx_package
 from fxslim.graph.inputs import Inputs, as_inputs, output_tensors
 from fxslim.graph.recording import undisturbed
+from fxslim.nn.quantizers import ActivationQuantizer
+from fxslim.nn.quantizers.fixed_quantizers import FixedQuantizer
 
 # Products of two pairs of bytes are summed in 16 bits by processors without these instructions.
 _SAFE_FLAGS = frozenset("avx512_vnni avx_vnni avx_vnni_int8 amx_int8".split())
@@ -28,6 +32,7 @@ _ONNX_TYPES = {
     torch.complex64: "complex64", torch.complex128: "complex128",
 }  # fmt: skip
 
+# What a sum over some hundreds of products is off by, rounded one by one.
 _SOME_LAST_PLACES = 2.0**-20
 
 
@@ -49,9 +54,9 @@ class OutputAgreement:
 class OnnxVerification:
     """How far ONNX Runtime is from torch, over all inputs.
 
-    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, or with inputs
-    moved by some last places, relative L2: a value between two steps may fall to either side, and every layer behind it
-    hears of that; no file can be nearer.
+    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, or with inputs, and
+    all that is put on grids, moved by some last places, relative L2: a value between two steps may fall to either side,
+    and every layer behind it hears of that; no file can be nearer.
     ``relative_here``: of the runtime as it is on this machine; larger where ``saturates``, since processors without
     VNNI sum pairs of products in 16 bits. ``refused``: what the runtime says where it loads the file only with its
     optimizations switched off. ``with_float_biases``: ``relative`` without the rounding of biases to int32, where
@@ -85,7 +90,7 @@ class OnnxVerification:
                 f"same argmax {one.argmax:.2%}"
             )
         lines.append(
-            f"  torch differs from itself by {self.rounding:.2g}, in float64 or with inputs moved by some last places"
+            f"  torch differs from itself by {self.rounding:.2g}, in float64 or with numbers moved by some last places"
         )
         if not self.relative < float("inf"):
             lines.append("  NaN or infinity on one side only: look for them in the inputs, the weights and the outputs")
@@ -146,8 +151,12 @@ def _outputs(model: nn.Module, examples: list[Inputs]) -> list[list[Tensor]]:
 
 
 def _rounding(model: nn.Module, examples: list[Inputs], wanted: list[list[Tensor]]) -> float:
-    """The model beside itself: in float64, where its code knows that, and with inputs moved by some last places."""
-    others = [_outputs(model, [one.with_tensors(_moved) for one in examples])]
+    """The model beside itself: in float64, where its code knows that, and with all that is rounded moved a little."""
+    others = []
+    for way in (1, -1):
+        factor = 1 + way * _SOME_LAST_PLACES
+        with _moved_before_rounding(model, factor):
+            others.append(_outputs(model, [one.with_tensors(partial(_times, factor=factor)) for one in examples]))
     # A precision that the model's code does not know tells nothing.
     with contextlib.suppress(Exception):
         others.append(_outputs(copy.deepcopy(model).double(), [one.in_double() for one in examples]))
@@ -161,9 +170,23 @@ def _rounding(model: nn.Module, examples: list[Inputs], wanted: list[list[Tensor
     )
 
 
-def _moved(x: Tensor) -> Tensor:
-    """What a sum over some hundreds of products is off by, rounded one by one."""
-    return x * (1 + _SOME_LAST_PLACES) if x.is_floating_point() else x
+@contextlib.contextmanager
+def _moved_before_rounding(model: nn.Module, factor: float) -> Iterator[None]:
+    """Meanwhile quantizers of activations see what sums in another order may come to."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: (_times(args[0], factor), *args[1:]))
+        for module in model.modules()
+        if isinstance(module, ActivationQuantizer | FixedQuantizer)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x * factor if x.is_floating_point() else x
 
 
 def has_exact_products() -> bool:

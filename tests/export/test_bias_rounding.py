@@ -13,12 +13,12 @@ from fxslim.errors import ExportError
 from fxslim.export import export_onnx, verify_onnx
 from fxslim.export.passes import graph_edits, integer_biases
 
-# Between what float32 turns over and what int32 biases do.
+# Below what int32 biases do, and three times what float32 turns over is, too.
 TOLERANCE = 2e-4
 
 
 def steep() -> tuple[nn.Module, torch.Tensor]:
-    """One product a sum: a step of a bias is a hundredth of an output step, so that many outputs turn over.
+    """One product a sum, of weights of 4 bits: a step of a bias is a tenth of an output step, so many outputs turn over.
 
     Without example inputs only the export learns of the norm, which it makes part of the bias.
     """
@@ -30,7 +30,7 @@ def steep() -> tuple[nn.Module, torch.Tensor]:
     )
     for values in (model[0].weight, model[2].weight, norm.bias):
         nn.init.uniform_(values, -1, 1, generator)
-    return fxslim.quantize(model.eval(), "int8", data=[x], forward=lambda net, batch: net(batch)), x
+    return fxslim.quantize(model.eval(), "w4a8", data=[x], forward=lambda net, batch: net(batch)), x
 
 
 def test_rounded_biases_are_no_disagreement(tmp_path: Path) -> None:
