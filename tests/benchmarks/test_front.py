@@ -20,7 +20,7 @@ from benchmarks.front.front_report import section, summary
 from benchmarks.front.latencies import Latency
 from benchmarks.front.made_files import Made, made_by, open_file
 from benchmarks.front.places import NETS, Place
-from benchmarks.front.standings import AXES, Standing, best_within, front, reference, verdict
+from benchmarks.front.standings import AXES, SAME_TIME, Standing, best_within, front, reference, verdict
 from benchmarks.front.workers import Died, Workers
 from benchmarks.models.onnx_operators import in_float, in_integers, operators
 from benchmarks.tasks.contest import Contest, Settings
@@ -70,12 +70,16 @@ def test_the_front_is_what_no_other_row_dominates(rows: list[Standing], axis: st
 
 
 @given(standings(), st.sampled_from(list(AXES)), st.floats(0, 5))
-def test_the_best_within_some_points_is_ours_and_the_smallest(rows: list[Standing], axis: str, points: float) -> None:
+def test_the_best_within_some_points_is_ours_and_among_the_smallest(
+    rows: list[Standing], axis: str, points: float
+) -> None:
     measure, best = AXES[axis], best_within(rows, points, AXES[axis])
     least = reference(rows).accuracy - points
-    assert best.by == "fxslim"
-    assert best.accuracy >= least
-    assert all(measure(best) <= measure(one) for one in rows if one.by == "fxslim" and one.accuracy >= least)
+    good = [one for one in rows if one.by == "fxslim" and one.accuracy >= least]
+    smallest = min(measure(one) for one in good)
+    equals = [one for one in good if measure(one) <= smallest * SAME_TIME]
+    assert any(one is best for one in equals)
+    assert best.accuracy == max(one.accuracy for one in equals)
 
 
 def test_differences_are_from_the_better_float_network() -> None:

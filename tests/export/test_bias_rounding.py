@@ -18,7 +18,7 @@ TOLERANCE = 2e-4
 
 
 def steep() -> tuple[nn.Module, torch.Tensor]:
-    """One product a sum, of weights of 4 bits: a step of a bias is a tenth of an output step, so many outputs turn over.
+    """One product a sum, weights of 4 bits: a step of a bias is a tenth of an output step, so many outputs turn over.
 
     Without example inputs only the export learns of the norm, which it makes part of the bias.
     """
