@@ -138,8 +138,9 @@ def arguments() -> argparse.Namespace:
 
 def head(options: argparse.Namespace, seconds: float) -> list[str]:
     text = f"""Letters in 16 classes, 3x32x32, {IMAGES[0]:,} training and {IMAGES[1]:,} test images, generated
-    (`benchmarks/tasks/`). Networks are trained, then compressed, then trained on for the same {options.steps} steps of
-    128 images, all with the same optimizer, rates and images in the same order; rows that end in "int8" or
+    (`benchmarks/tasks/`). Networks are trained, then compressed, then trained on for as many multiplications as
+    {options.steps} steps of 128 images take the whole network (a pruned one makes more steps), with the same optimizer,
+    highest rate and order of images; rows that end in "int8" or
     "quantize_static", and those of the float network itself, are calibrated on 2,000 training images afterwards.
     Accuracy in percent, of the files as this machine runs them; {options.seeds} trainings, differences paired by
     training, with 95 % intervals (Student's t); a star marks those that exclude 0."""

@@ -82,6 +82,13 @@ def test_the_best_within_some_points_is_ours_and_among_the_smallest(
     assert best.accuracy == max(one.accuracy for one in equals)
 
 
+def test_of_files_equally_fast_the_most_accurate_is_named() -> None:
+    whole, better = standing(1, FLOAT, "fxslim", [90.0], 1.0, 100), standing(2, "better", "fxslim", [89.9], 4.0, 50)
+    for faster, name in ((4.04, "better"), (4.4, "faster")):
+        rows = [whole, better, standing(3, "faster", "fxslim", [89.2], faster, 50)]
+        assert best_within(rows, 1.0, AXES["batch 1"]).name == name
+
+
 def test_differences_are_from_the_better_float_network() -> None:
     rows = [standing(1, FLOAT, "fxslim", [90.0, 91.0], 1, 1), standing(2, TRAINED_ON, "fxslim", [91.0, 91.0], 1, 1)]
     assert reference(rows).name == TRAINED_ON
