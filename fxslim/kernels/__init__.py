@@ -8,6 +8,7 @@ from fxslim.kernels.block_sparse_int8_convolution import block_sparse_conv2d_int
 from fxslim.kernels.clipped_fake_quantization import fake_quantize_clipped as fake_quantize_clipped
 from fxslim.kernels.fake_quantization import fake_quantize as fake_quantize
 from fxslim.kernels.float_fake_quantization import fake_quantize_float as fake_quantize_float
+from fxslim.kernels.histogram_errors import quantization_errors as quantization_errors
 from fxslim.kernels.histogram_observation import observe_histogram as observe_histogram
 from fxslim.kernels.learned_fake_quantization import fake_quantize_learned as fake_quantize_learned
 from fxslim.kernels.native import attach_libraries as _attach_libraries

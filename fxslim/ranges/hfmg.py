@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import ConfigError
+from fxslim.kernels import quantization_errors
 from fxslim.ranges.method import HistogramMethod
-from fxslim.ranges.quantization_error import QuantizationError
 from fxslim.ranges.symmetric_ranges import range_with_zero
 
 _BINS = (1024, 2048, 4096, 8192)
@@ -44,7 +44,7 @@ class Hfmg(HistogramMethod):
         cells = (highs - lows) / num_points
         best = 0
         if len(path) > 1:
-            best = int(QuantizationError(edges, counts, num_points).squared(lows + cells / 2, cells).argmin())
+            best = int(quantization_errors(edges, counts, lows + cells / 2, cells, num_points).argmin())
         return self._as_clips(*range_with_zero(lows[best], highs[best], quant_min, quant_max, symmetric))
 
 

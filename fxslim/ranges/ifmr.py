@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import ConfigError
+from fxslim.kernels import quantization_errors
+from fxslim.ranges.integer_grids import integer_grid
 from fxslim.ranges.percentile import Percentile
-from fxslim.ranges.quantization_error import QuantizationError, integer_grid
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
 
@@ -55,8 +56,8 @@ class Ifmr(Percentile):
         else:
             highs = self._ratios * clip_max
             lows = clip_min.expand_as(highs)
-        errors = QuantizationError(*self.histogram.edges(), num_points).squared(*integer_grid(lows, highs, num_points))
-        best = errors.argmin()
+        grids = integer_grid(lows, highs, num_points)
+        best = quantization_errors(*self.histogram.edges(), *grids, num_points).argmin()
         return self._as_clips(lows[best], highs[best])
 
 

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The range of the least expected squared quantization error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fxslim.kernels import quantization_errors
+from fxslim.ranges.integer_grids import integer_grid
 from fxslim.ranges.method import HistogramMethod
-from fxslim.ranges.quantization_error import QuantizationError, integer_grid
 from fxslim.ranges.symmetric_ranges import symmetric_ends, symmetric_scale
 
-# Exponents of 2, down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer.
-_ONE_END = (torch.arange(61, dtype=torch.float64) / -8, (0.125,))
-_TWO_ENDS = (torch.arange(11, dtype=torch.float64) * -0.75, (0.5, 0.17, 0.06))
-_AROUND = torch.linspace(-1, 1, 7, dtype=torch.float64)
+
+def _stages(parts: Tensor, reaches: Sequence[float], both: bool) -> list[tuple[Tensor, Tensor]]:
+    """Of each look, by what it multiplies both ends that the one before found best."""
+    around = [2.0 ** (torch.linspace(-1, 1, 7, dtype=torch.float64) * reach) for reach in reaches]
+    looks = []
+    for ups in (parts, *around):
+        downs = ups if both else torch.ones(1, dtype=torch.float64)
+        looks.append((downs.repeat_interleave(ups.numel()), ups.repeat(downs.numel())))
+    return looks
+
+
+# Down to 1/181 of the extremes: closely for one end, coarsely for two; then ever closer.
+_ONE_END = _stages(2.0 ** (torch.arange(61, dtype=torch.float64) / -8), [0.125], both=False)
+_TWO_ENDS = _stages(2.0 ** (torch.arange(11, dtype=torch.float64) * -0.75), [0.5, 0.17, 0.06], both=True)
 
 
 class Mse(HistogramMethod):
@@ -44,10 +55,8 @@ class Mse(HistogramMethod):
                 return symmetric_ends(whole * up, quant_min, quant_max)
             return (low * down, high * up) if high > 0 else (low * up, high * down)
 
-        error = QuantizationError(edges, counts, num_points)
-
         def errors(down: Tensor, up: Tensor) -> Tensor:
-            return error.squared(*integer_grid(*clips(down, up), num_points))
+            return quantization_errors(edges, counts, *integer_grid(*clips(down, up), num_points), num_points)
 
         down, up = _least(errors, both=not symmetric and bool(low < 0 < high))
         return self._as_clips(*(end[0] for end in clips(down, up)))
@@ -55,18 +64,9 @@ class Mse(HistogramMethod):
 
 def _least(errors: Callable[[Tensor, Tensor], Tensor], both: bool) -> tuple[Tensor, Tensor]:
     """The parts of both extremes (or of the only one) at which the error is least."""
-    one = torch.ones(1, dtype=torch.float64)
-    exponents, reaches = _TWO_ENDS if both else _ONE_END
-    down, up = _pairs(2.0**exponents if both else one, 2.0**exponents)
-    best = errors(down, up).argmin()
-    down, up = down[best, None], up[best, None]
-    for reach in reaches:
-        near = 2.0 ** (_AROUND * reach)
-        downs, ups = _pairs((down * near).clamp(max=1) if both else one, (up * near).clamp(max=1))
+    down = up = torch.ones(1, dtype=torch.float64)
+    for by_down, by_up in _TWO_ENDS if both else _ONE_END:
+        downs, ups = (down * by_down).clamp_(max=1), (up * by_up).clamp_(max=1)
         best = errors(downs, ups).argmin()
         down, up = downs[best, None], ups[best, None]
     return down, up
-
-
-def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a.repeat_interleave(b.numel()), b.repeat(a.numel())

@@ -31,8 +31,9 @@ def range_method(name: str, **options: Any) -> RangeMethod:
     if name not in METHODS:
         raise ConfigError(unknown_name("range method", str(name), METHODS))
     method = METHODS[name]
-    known = list(inspect.signature(method).parameters)
-    for option in options:
-        if option not in known:
-            raise ConfigError(unknown_name(f"option of range method {name!r}", option, known))
+    if options:
+        known = list(inspect.signature(method).parameters)
+        for option in options:
+            if option not in known:
+                raise ConfigError(unknown_name(f"option of range method {name!r}", option, known))
     return method(**options)

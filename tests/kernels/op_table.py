@@ -101,6 +101,33 @@ def _observe_histogram(x: Tensor) -> Iterator[tuple]:
             yield x, *ends, bins, channels_last
 
 
+def _quantization_errors(x: Tensor) -> Iterator[tuple]:
+    generator = torch.Generator().manual_seed(x.numel())
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    even = torch.arange(-300, 20, dtype=torch.float64) / 64
+    cut = even.clone()
+    cut[[0, -1]] = torch.tensor([-4.68, 0.2951], dtype=torch.float64)
+    uneven = random(60).cumsum(0) + 1e4
+    # The last: bins of no width among them.
+    for edges in (even, cut, uneven, torch.tensor([-0.5, 2.0]), torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0])):
+        counts = torch.randint(0, 5, (len(edges) - 1,), generator=generator) * 1000
+        for num_points in (1, 2, 16, 255, 65536):
+            first = edges[0] + (random(9) - 0.3) * (edges[-1] - edges[0])
+            step = (random(9) + 1e-3) * (edges[-1] - edges[0]) / num_points
+            yield *(part.to(x.device) for part in (edges.double(), counts, first.double(), step.double())), num_points
+
+
+def _error_bound(arguments: tuple) -> Tensor:
+    """Digits that are lost where sums of opposite signs nearly meet."""
+    edges, counts, first, step, num_points = arguments
+    last = first + step * (num_points - 1)
+    reach = torch.cat([edges[[0, -1]], first, last]).aminmax()
+    return 1e-12 * counts.sum() * (reach.max - reach.min) ** 2 + torch.zeros_like(first)
+
+
 def _observe_fake_quantize(x: Tensor) -> Iterator[tuple]:
     for axis in _axes(x):
         low = -_parameters(x, axis)[0]
@@ -158,6 +185,12 @@ OPERATORS = [
     Operator(name="mask_gradient", reference=_reference("clip_masks"), samples=_mask_gradient),
     Operator(
         name="observe_min_max", reference=_reference("observation", "min_max_reference"), samples=_observe_min_max
+    ),
+    Operator(
+        name="quantization_errors",
+        reference=_reference("histogram_errors"),
+        samples=_quantization_errors,
+        bound=_error_bound,
     ),
     Operator(name="observe_histogram", reference=_reference("histogram_observation"), samples=_observe_histogram),
     Operator(

@@ -8,6 +8,7 @@ from fxslim import ConfigError, DtypeError, FxslimError, kernels
 
 X = torch.randn(3, 4)
 INF = torch.tensor([torch.inf])
+EDGES, COUNTS = torch.arange(4.0), torch.ones(3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,9 @@ INF = torch.tensor([torch.inf])
         (lambda: kernels.observe_histogram(X, 1, 1, 4), ConfigError, "low=1, high=1: bins need finite numbers"),
         (lambda: kernels.observe_histogram(X, 0, torch.tensor(torch.inf), 4), ConfigError, "low=0, high=inf: bins"),
         (lambda: kernels.observe_histogram(X, torch.zeros(2), 1, 4), ConfigError, "low has 2 values, expected 1"),
+        (lambda: kernels.quantization_errors(X[0], EDGES, EDGES, EDGES, 4), ConfigError, "one edge more"),
+        (lambda: kernels.quantization_errors(EDGES, COUNTS, EDGES, COUNTS, 4), ConfigError, "one of both a grid"),
+        (lambda: kernels.quantization_errors(EDGES, COUNTS, COUNTS, COUNTS, 0), ConfigError, "num_points=0 must be"),
         (
             lambda: kernels.observe_fake_quantize(X, INF, -INF, -8, 7, averaging=0.0),
             ConfigError,

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxslim.kernels import quantization_errors
 from fxslim.ranges import hfmg, range_method
-from fxslim.ranges.quantization_error import QuantizationError, integer_grid
+from fxslim.ranges.integer_grids import integer_grid
 from tests.ranges.samples import SAMPLES, true_error
 
 every_sample = pytest.mark.parametrize("name", SAMPLES)
@@ -122,7 +123,7 @@ def test_the_integral_is_that_of_its_definition(num_points) -> None:
     for left, right in ((0, 99), (20, 90), (45, 46)):
         low, high = edges[left], edges[right + 1]
         cell = torch.tensor([(high - low) / num_points])
-        got = QuantizationError(torch.tensor(edges), torch.tensor(counts), num_points).squared(low + cell / 2, cell)
+        got = quantization_errors(torch.tensor(edges), torch.tensor(counts), low + cell / 2, cell, num_points)
         assert got.item() == pytest.approx(hfmg_loss(edges, counts, left, right, num_points), rel=1e-7)
 
 
@@ -160,7 +161,7 @@ def test_error_of_grids_against_samples_of_the_histogram(grid, seed, low, high) 
     counts = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(seed))
     ends = (torch.tensor([float(end)], dtype=torch.float64) for end in (low, high))
     first, step = integer_grid(*ends, grid[1] - grid[0] + 1)
-    got = QuantizationError(edges, counts, grid[1] - grid[0] + 1).squared(first, step).item()
+    got = quantization_errors(edges, counts, first, step, grid[1] - grid[0] + 1).item()
     inside = (torch.arange(2_000, dtype=torch.float64) + 0.5) / 2_000
     x = edges[:-1, None] + edges.diff()[:, None] * inside
     nearest = first + ((x - first) / step).round().clamp(0, grid[1] - grid[0]) * step

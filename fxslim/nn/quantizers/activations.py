@@ -193,8 +193,8 @@ class ActivationQuantizer(Phased):
         self._collecting, self._method = False, None
         if not self._calibrates:
             # Its state dict stays that of a quantizer which needs no batches.
-            for name in self._new_method().state():
-                self._buffers.pop("calibration_" + name, None)
+            for name in [name for name in self._buffers if name.startswith("calibration_")]:
+                del self._buffers[name]
 
     @torch.inference_mode(False)
     @torch.no_grad()

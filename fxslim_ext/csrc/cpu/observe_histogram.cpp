@@ -49,7 +49,6 @@ Range<math_t<T>> count_all(const T* x, int64_t numel, const Bins<math_t<T>> bins
   M total[3] = {range_start<M>(kLow), range_start<M>(kHigh), M(0)};
   torch::stable::parallel_for(0, numel, 1 << 18, [&](int64_t first, int64_t last) {
     Tables tables(num_bins);
-    std::vector<int64_t> counts(num_bins);
     M acc[3] = {range_start<M>(kLow), range_start<M>(kHigh), M(0)};
     alignas(64) M buffer[kBlock];
     alignas(64) int32_t index[kBlock];
@@ -62,11 +61,14 @@ Range<math_t<T>> count_all(const T* x, int64_t numel, const Bins<math_t<T>> bins
         find_bins(values, n, bins, index);
       });
       if (bins.usable) tables.add(index, n);
-      if ((unflushed += n) > (int64_t(1) << 31)) tables.flush_into(counts.data()), unflushed = 0;
+      if ((unflushed += n) > (int64_t(1) << 31)) {
+        const std::lock_guard lock(mutex);
+        tables.flush_into(result);
+        unflushed = 0;
+      }
     }
-    tables.flush_into(counts.data());
     const std::lock_guard lock(mutex);
-    for (int64_t k = 0; k < num_bins; ++k) result[k] += counts[k];
+    tables.flush_into(result);
     total[kLow] = std::min(total[kLow], acc[kLow]);
     total[kHigh] = std::max(total[kHigh], acc[kHigh]);
     total[kBad] = std::max(total[kBad], acc[kBad]);
