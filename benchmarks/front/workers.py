@@ -50,6 +50,13 @@ class _Worker:
             self.process.join()
             return Died(f"the process died with exit code {self.process.exitcode}")
 
+    def end(self) -> None:
+        """One that waits ends by itself, and clears up behind it; one that is busy is killed."""
+        self.pipe.close()
+        if self.task is not None:
+            self.process.terminate()
+        self.process.join()
+
 
 class Workers:
     """``act(*task)`` for every task that is put, in order, by as many processes as there are ``jobs``."""
@@ -78,7 +85,7 @@ class Workers:
                     yield task, answer
         finally:
             for worker in self.workers:
-                worker.process.terminate()
+                worker.end()
 
     def _hand_out(self) -> None:
         while self.waiting and len(self.workers) < self.jobs:
