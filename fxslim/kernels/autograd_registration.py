@@ -44,3 +44,8 @@ def register_autograd(op_name: str, backward: Callable[..., Any], *, setup_conte
             return operator(*args)
 
     torch.library.impl(op_name, "Autograd", dispatched)
+
+
+def without_gradient(op_name: str) -> None:
+    """Nothing that the operator gives carries a gradient, whatever it is given; calls cost no Python."""
+    torch.library.impl(op_name, "Autograd", torch.library.fallthrough_kernel)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import ConfigError
-from fxslim.kernels.autograd_registration import register_autograd
+from fxslim.kernels.autograd_registration import without_gradient
 
 torch.library.define(
     "fxslim::quantization_errors", "(Tensor edges, Tensor counts, Tensor first, Tensor step, int num_points) -> Tensor"
@@ -33,15 +33,7 @@ def _fake(edges, counts, first, step, num_points):  # type: ignore[no-untyped-de
     return torch.empty_like(first, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(output)
-
-
-def _backward(ctx, *_):  # type: ignore[no-untyped-def]
-    return None, None, None, None, None
-
-
-register_autograd("fxslim::quantization_errors", _backward, setup_context=_setup)
+without_gradient("fxslim::quantization_errors")
 
 
 class _Moments:

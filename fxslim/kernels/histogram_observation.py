@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError, DtypeError
 from fxslim.kernels.arguments import as_parameter, check_input, in_order, lies_channels_last, math_dtype
-from fxslim.kernels.autograd_registration import register_autograd
+from fxslim.kernels.autograd_registration import without_gradient
 from fxslim.kernels.observation import min_max_reference
 
 MOST_BINS = 65536
@@ -55,15 +55,7 @@ def _fake(x, low, high, bins, channels_last):  # type: ignore[no-untyped-def]
     return x.new_empty([bins], dtype=torch.int64), smallest, largest
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(*output)
-
-
-def _backward(ctx, *_):  # type: ignore[no-untyped-def]
-    return None, None, None, None, None
-
-
-register_autograd("fxslim::observe_histogram", _backward, setup_context=_setup)
+without_gradient("fxslim::observe_histogram")
 
 
 def _check_range(low: Tensor, high: Tensor) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fxslim.errors import ConfigError
 from fxslim.kernels.arguments import check_axis, check_input, in_order, lies_channels_last, math_dtype
-from fxslim.kernels.autograd_registration import register_autograd
+from fxslim.kernels.autograd_registration import without_gradient
 
 torch.library.define("fxslim::observe_min_max", "(Tensor x, int? axis, bool channels_last) -> (Tensor, Tensor)")
 
@@ -34,15 +34,7 @@ def _fake(x, axis, channels_last):  # type: ignore[no-untyped-def]
     return x.new_empty(shape, dtype=math_dtype(x)), x.new_empty(shape, dtype=math_dtype(x))
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(*output)
-
-
-def _backward(ctx, *_):  # type: ignore[no-untyped-def]
-    return None, None, None
-
-
-register_autograd("fxslim::observe_min_max", _backward, setup_context=_setup)
+without_gradient("fxslim::observe_min_max")
 
 
 def observe_min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:

@@ -165,9 +165,12 @@ class ActivationQuantizer(Phased):
             options["averaging"] = self.config.averaging
         return range_method(self.config.calibration, **options)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
+        # Decorators would cost each of many small calls.
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                self._observe(x)
+            return
         # Between training batches anything may happen to the buffers; what is only collected is not kept in them.
         method = self._method if self._collecting else None
         if method is None:
