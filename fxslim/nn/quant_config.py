@@ -12,7 +12,8 @@ FLOAT_FORMATS = ("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1")
 FORMATS = ("int", *FLOAT_FORMATS)
 WEIGHT_METHODS = ("arq", "lsq", "dorefa", "binary")
 GRANULARITIES = ("tensor", "channel", "group")
-ACTIVATION_METHODS = ("ulq", "lsq", "lsq+", "pact", "min_max", "static")
+LEARNED_RANGES = ("ulq", "lsq", "lsq+", "pact")
+ACTIVATION_METHODS = (*LEARNED_RANGES, "min_max", "static")
 CALIBRATIONS = ("min_max", "moving_average", "percentile", "mse", "ifmr", "hfmg", "entropy")
 _LEAST_BITS, _MOST_BITS = 2, 16
 

@@ -106,6 +106,17 @@ class Dataflow:
             return readers[0]
         return node
 
+    def is_data(self, node: fx.Node) -> bool:
+        """Whether no parameter or buffer has a part in it: it is the model's input, perhaps scaled."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            one = waiting.pop()
+            if one.op == "get_attr":
+                return False
+            waiting += [given for given in one.all_input_nodes if given not in seen]
+            seen.update(one.all_input_nodes)
+        return True
+
     def is_not_negative(self, node: fx.Node) -> bool:
         """Whether no value is below 0, as far as operators tell."""
         node = self.source(node)

@@ -27,11 +27,13 @@ class Placement:
     """``inputs``: of layers, {layer: places}; ``outputs``: modules. In both, True where no value is below 0.
 
     ``given``: layers whose input comes quantized, {layer: the module whose output it is}; None where there are several.
+    ``data``: layers of which all inputs are the model's own, and need no gradient.
     """
 
     given: dict[str, str | None]
     inputs: dict[str, dict[int, bool]]
     outputs: dict[str, bool]
+    data: frozenset[str]
     notes: tuple[str, ...] = ()
 
 
@@ -88,6 +90,7 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
     given: dict[str, str | None] = {}
     inputs: dict[str, dict[int, bool]] = {}
     outputs: dict[str, bool] = {}
+    computed: set[str] = set()
     notes = []
     for node, wanted in demands.items():
         above = flow.is_not_negative(node)
@@ -100,6 +103,8 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
             continue
         for layer, number in readers:
             inputs.setdefault(layer, {})[number] = above
+            if not flow.is_data(node):
+                computed.add(layer)
         if wanted.operators and node.op != "placeholder":
             what = ", ".join(sorted({operator_of(user) for user in wanted.operators}))
             where = node.meta.get("module") or "the model"
@@ -108,4 +113,5 @@ def _placed(flow: Dataflow, demands: Mapping[fx.Node, _Demand]) -> Placement:
                 "once gives it; make it the result of a module of its own"
             )
     alone = {layer: giver for layer, giver in given.items() if layer not in inputs}
-    return Placement(given=alone, inputs=inputs, outputs=outputs, notes=tuple(dict.fromkeys(notes)))
+    data = frozenset(inputs) - computed
+    return Placement(given=alone, inputs=inputs, outputs=outputs, data=data, notes=tuple(dict.fromkeys(notes)))

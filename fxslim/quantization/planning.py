@@ -16,12 +16,16 @@ from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.weight_users import find_users
 from fxslim.nn import ActivationQuant, QuantConfig
 from fxslim.nn.norm_folding import has_statistics
+from fxslim.nn.quant_config import LEARNED_RANGES
 from fxslim.quantization.dataflow import Dataflow
 from fxslim.quantization.layer_configs import LayerConfigs, refuse
 from fxslim.quantization.placement import Placement, place
 from fxslim.quantization.quantizable_layers import QuantizableLayer, find_layers
 from fxslim.quantization.quantization_plan import LayerPlan, QuantizationPlan
 from fxslim.quantization.targets import Target, as_target
+
+# From so many bits on, what a learned range of the model's input could gain is not worth its gradient.
+_WIDE = 8
 
 
 def plan_quantization(
@@ -151,6 +155,15 @@ def _lower_end(config: ActivationQuant, above: bool) -> ActivationQuant:
     return replace(config, fixed_min=True) if above and not config.symmetric and config.clip_min is None else config
 
 
+def _of_data(config: ActivationQuant) -> ActivationQuant:
+    """The range of the model's own input is followed, not learned, from 8 bits on.
+
+    A learned one needs the gradient of the first layer's input, which training in float never computes.
+    """
+    learned = config.method in LEARNED_RANGES and config.bits >= _WIDE and config.clip_max is None
+    return replace(config, method="min_max") if learned else config
+
+
 def _possible(
     found: list[QuantizableLayer],
     configs: Mapping[str, QuantConfig],
@@ -204,6 +217,8 @@ class _Placed:
             places = placement.inputs.get(name, {})
             above = bool(places) and all(places.values())
             activation = None if name in self.given else _lower_end(config.activation, above)
+            if activation is not None and name in placement.data:
+                activation = _of_data(activation)
             self.configs[name] = replace(config, activation=activation)
         for name, above in placement.outputs.items():
             config_of = self.configs.get(name)

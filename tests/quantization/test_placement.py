@@ -150,6 +150,55 @@ def test_a_layer_that_reads_a_parameter_quantizes_it_itself() -> None:
     assert all(one.config.activation is not None and not one.is_given for one in plan.layers)
 
 
+class Shifted(nn.Module):
+    """Two layers read the image, scaled; the second with a learned shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - torch.tensor([0.4, 0.5, 0.6]).reshape(3, 1, 1)) * 4
+        return self.plain(x).relu() + self.other(x + self.shift).relu()
+
+
+@pytest.mark.parametrize("method", ["ulq", "lsq", "lsq+", "pact", "min_max", "static"])
+def test_the_range_of_the_models_own_input_is_followed(method: str) -> None:
+    """Training needs no gradient of the image; where few bits or given clips make it worth one, it stays learned."""
+    followed = "min_max" if method != "static" else "static"
+    config = QuantConfig(activation=ActivationQuant(method=method))
+    methods = {
+        one.name: one.config.activation.method
+        for one in plan_quantization(Shifted(), config, example_inputs=X).layers
+        if one.config.activation is not None
+    }
+    # PACT knows no values below 0.
+    chosen = "ulq" if method == "pact" else method
+    assert methods == {"plain": followed, "other": chosen}
+    few = QuantConfig(activation=ActivationQuant(method=method, bits=4))
+    known = QuantConfig(activation=ActivationQuant(method=method, clip_min=-1.0, clip_max=2.0))
+    for one in (few, known):
+        kept = plan_quantization(resnet18(), one, example_inputs=X).layers[0].config.activation
+        assert kept is not None
+        assert kept.method == chosen
+
+
+def test_the_image_needs_no_gradient_in_training() -> None:
+    model = fxslim.prepare_qat(resnet18(), example_inputs=X).train()
+    model(X)
+    needless = []
+
+    def look(quantizer: nn.Module, given: Any, result: Tensor) -> None:
+        if not result.requires_grad:
+            needless.append(quantizer)
+
+    for quantizer in each_activation_quantizer(model).values():
+        quantizer.register_forward_hook(look)
+    model(X)
+    assert needless == [model.conv1.input_quantizer]
+
+
 def test_first_and_last_layer_and_overrides() -> None:
     plan = plan_quantization(
         resnet18(), "w4a4", first="int8", last="float", overrides={"layer1*": "w4a8"}, example_inputs=X
