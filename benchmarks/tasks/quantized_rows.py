@@ -104,7 +104,7 @@ ROWS = (
         True,
         {
             "ULQ, ARQ (default)": {"config": "int8"},
-            "ULQ, ARQ, norms folded": {"config": "int8", "fold_batch_norms": True},
+            "LSQ, ARQ": {"config": QuantConfig(activation=ActivationQuant(method="lsq"))},
             "min_max, ARQ": {"config": QuantConfig(activation=ActivationQuant(method="min_max"))},
         },
         _PEERS[8],
