@@ -54,18 +54,20 @@ class OutputAgreement:
 class OnnxVerification:
     """How far ONNX Runtime is from torch, over all inputs.
 
-    ``outputs``: with exact integer products. ``rounding``: how far torch is from itself in float64, or with inputs, and
-    all that is put on grids, moved by some last places, relative L2: a value between two steps may fall to either side,
-    and every layer behind it hears of that; no file can be nearer.
-    ``relative_here``: of the runtime as it is on this machine; larger where ``saturates``, since processors without
-    VNNI sum pairs of products in 16 bits. ``refused``: what the runtime says where it loads the file only with its
-    optimizations switched off. ``with_float_biases``: ``relative`` without the rounding of biases to int32, where
-    export_onnx looked for what sets a file apart.
+    ``outputs``: of the operators one by one, in float between Q and DQ. ``relative_optimized``: of the file as the
+    runtime optimizes it, with exact products of integers; ``relative_here``: the same as it is on this machine, larger
+    where ``saturates``, since processors without VNNI sum pairs of products in 16 bits. ``rounding``: how far torch is
+    from itself in float64, or with inputs, and what is put on grids, moved by some last places, relative L2: a value
+    between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
+    ``refused``: what the runtime says where it loads the file only with its optimizations switched off.
+    ``with_float_biases``: ``relative`` without the rounding of biases to int32, where export_onnx looked for what sets
+    a file apart.
     """
 
     path: str
     outputs: tuple[OutputAgreement, ...]
     rounding: float
+    relative_optimized: float
     relative_here: float
     saturates: bool
     refused: str = ""
@@ -89,6 +91,8 @@ class OnnxVerification:
                 f"  {one.name}: relative L2 {one.relative:.2g}, largest difference {one.largest:.3g}{steps}, "
                 f"same argmax {one.argmax:.2%}"
             )
+        if not self.refused:
+            lines.append(f"  as the runtime optimizes it: relative L2 {self.relative_optimized:.2g}")
         lines.append(
             f"  torch differs from itself by {self.rounding:.2g}, in float64 or with numbers moved by some last places"
         )
@@ -111,33 +115,33 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
 
     The model's modes and buffers stay as they are.
     """
-    path = Path(path)
-    exact, refused = _session(path, exact=True), ""
+    path, saturates = Path(path), not has_exact_products()
+    exact, refused = _session(path, optimized=False), ""
     try:
-        here = _session(path, exact=False)
+        here = _session(path)
+        optimized = _session(path, precise=True) if saturates else here
     except ExportError as error:
-        here, refused = exact, str(error)
+        here, optimized, refused = exact, exact, str(error)
     examples = as_inputs(inputs)
     feeds = [_feed(exact, path, one) for one in examples]
-    wanted, got, got_here = _outputs(model, examples), [], []
-    for feed in feeds:
-        got.append(_run(exact, path, feed))
-        got_here.append(_run(here, path, feed))
-    names = [output.name for output in exact.get_outputs()]
-    steps = _output_steps(path)
-    outputs = []
-    for place, name in enumerate(names):
-        outputs.append(_agreement(name, _column(wanted, place, path), _column(got, place, path), steps.get(name)))
-    relative_here = max(
-        (_relative(_column(wanted, place, path), _column(got_here, place, path)) for place in range(len(names))),
-        default=0.0,
-    )
+    wanted = _outputs(model, examples)
+    found = {session: [_run(session, path, feed) for feed in feeds] for session in {exact, optimized, here}}
+    names, steps = [output.name for output in exact.get_outputs()], _output_steps(path)
+    columns = [_column(wanted, place, path) for place in range(len(names))]
+
+    def apart(session: Any) -> float:
+        return max((_relative(one, _column(found[session], k, path)) for k, one in enumerate(columns)), default=0.0)
+
     return OnnxVerification(
         path=str(path),
-        outputs=tuple(outputs),
+        outputs=tuple(
+            _agreement(name, columns[place], _column(found[exact], place, path), steps.get(name))
+            for place, name in enumerate(names)
+        ),
         rounding=_rounding(model, examples, wanted),
-        relative_here=relative_here,
-        saturates=not has_exact_products(),
+        relative_optimized=apart(optimized),
+        relative_here=apart(here),
+        saturates=saturates,
         refused=refused,
     )
 
@@ -201,15 +205,17 @@ def has_exact_products() -> bool:
     return not _SAFE_FLAGS.isdisjoint(flags.split())
 
 
-def _session(path: Path, exact: bool) -> Any:
+def _session(path: Path, *, optimized: bool = True, precise: bool = False) -> Any:
     onnxruntime = onnx_package("onnxruntime")
     if not path.is_file():
         raise ExportError(f"{path} is no file: export_onnx(model, inputs, path) writes one")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    if exact:
-        # The operators one by one, in float between Q and DQ: no kernel whose sums could saturate.
+    if precise:
+        # Kernels whose sums do not saturate.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -16,9 +16,12 @@ from fxslim.nn.quantizers import ActivationQuantizer
 from fxslim.nn.quantizers.gradient_routes import straight_through
 from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
 from fxslim.nn.quantizers.real_values import real_twin, without_modes
+from fxslim.nn.quantizers.stored_weights import StoredWeight
 from fxslim.nn.small_weights import storage_of
 
 _LARGEST = 2**31 - 1
+# What a bias takes of int32 where the weight makes room for it; of float32's exponents the step of the sums.
+_ROOM, _TINY = 2.0**30, 2.0**-120
 # Of a layer: the batch norm behind it that deployment folds in, and the quantizer elsewhere that its input comes from.
 NEIGHBOURS = "_neighbours"
 
@@ -123,6 +126,23 @@ def deployed_bias(
         # Whether there is a bias is structure: it can't depend on ranges, which a fresh model does not have yet.
         made = torch.zeros_like(folded_norm(known)[1], dtype=layer.stored().dtype)
     return None if made is None else made.detach().clone()
+
+
+@torch.no_grad()
+def make_room_for_bias(layer: Any, name: str, weight: StoredWeight) -> None:
+    """Coarser steps for outputs whose bias int32 does not hold in steps of their sums, as that of a dead filter.
+
+    ONNX Runtime stores float biases as int32 itself, and cuts off what that does not hold. Beside such a bias the
+    products are next to nothing.
+    """
+    bias, scale = layer._parameters.get(name.replace("weight", "bias")), weight.scale_of_outputs
+    before = [input_scale(layer, one) for one in getattr(layer, "input_names", ("input",))]
+    if bias is None or scale is None or not before or any(one is None for one in before):
+        return
+    finest = torch.cat([one.reshape(-1) for one in before if one is not None]).double().amin()
+    least = (in_double(bias).abs() / _ROOM).clamp(min=_TINY) / finest
+    if least.isfinite().all():
+        weight.coarsen(least)
 
 
 def _step(scale_of_input: Tensor | None, scale: Tensor | None, factor: Tensor | None = None) -> Tensor | None:

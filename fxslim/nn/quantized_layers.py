@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError, ConfigError, DtypeError, UnsupportedLayerError
-from fxslim.nn.bias_grids import bias_in_eval, forget_neighbours, has_integers, remember_neighbours
+from fxslim.nn.bias_grids import (
+    bias_in_eval,
+    forget_neighbours,
+    has_integers,
+    make_room_for_bias,
+    remember_neighbours,
+)
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
 from fxslim.nn.norm_folding import folded_scale
@@ -132,6 +138,8 @@ class QuantizedLayer(MaskedWeights):
         if quantizer is not None and is_lowering():
             with without_modes(), telling():
                 kept = stored_weight(self, name)
+                if kept is not None and self.rounds_biases:
+                    make_room_for_bias(real_twin(self), name, kept)
             if kept is not None and scales is not None and kept.scale_of_outputs is not None:
                 scales.append(kept.scale_of_outputs)
             return self.masked(name) if kept is None else kept()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file's int32 biases are those that the model adds in eval mode: only the order of float sums sets them apart."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from fxslim.errors import ExportError
 from fxslim.export import export_onnx, verify_onnx
 from fxslim.export.model_copies import deployed_copy
+from fxslim.export.passes import integer_biases
 from fxslim.graph.inputs import as_inputs
 from fxslim.nn import QuantConfig, WeightQuant
 
@@ -71,6 +74,68 @@ def test_the_plain_exporters_file_agrees_too(seed: int, tmp_path: Path) -> None:
     fxslim.quantize(model, "int8", data=[x], example_inputs=x)
     torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
     assert verify_onnx(model, tmp_path / "m.onnx", x).relative <= TOLERANCE
+
+
+def with_dead_filters(model: nn.Module, size: float) -> nn.Module:
+    """Some filters are next to nothing, and have biases that int32 does not hold in steps of their sums."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+                rows = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+                rows[::3].mul_(size)
+                if layer.bias is not None:
+                    layer.bias[::3].add_(layer.bias[::3].sign() * 0.5)
+    return model
+
+
+def _decoder() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, groups=2),
+        nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(2), nn.Linear(49, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-12, 1e-40])
+@pytest.mark.parametrize("config", ["int8", "w4a8", QuantConfig(weight=WeightQuant(granularity="tensor"))])
+@pytest.mark.parametrize("name", ["network 0", "network 1", "network 2", "decoder"])
+def test_filters_that_have_died(name: str, config: Any, size: float, tmp_path: Path) -> None:
+    """As the runtime optimizes the file: it stores biases as int32 itself, where a file does not."""
+    torch.manual_seed(0)
+    model, x = (_decoder(), torch.randn(8, 3, 3, 3)) if name == "decoder" else network(int(name[-1]))
+    with_dead_filters(model, size).eval()
+    fxslim.quantize(model, config, data=[x], example_inputs=x)
+    found = export_onnx(model, x, tmp_path / "m.onnx")
+    assert found is not None
+    assert max(found.relative, found.relative_optimized) <= TOLERANCE
+    torch.onnx.export(model, (x,), str(tmp_path / "plain.onnx"), dynamo=True, verbose=False)
+    plain = verify_onnx(model, tmp_path / "plain.onnx", x)
+    assert max(plain.relative, plain.relative_optimized) <= TOLERANCE
+
+
+def test_attention_with_a_dead_projection(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    with torch.no_grad():
+        model.self_attn.in_proj_weight[3].mul_(1e-9)
+        model.self_attn.in_proj_bias[3] = 0.7
+    x = torch.randn(4, 5, 8)
+    fxslim.quantize(with_dead_filters(model, 1e-9), data=[x], example_inputs=x)
+    found = export_onnx(model, x, tmp_path / "m.onnx")
+    assert found is not None
+    assert max(found.relative, found.relative_optimized) <= TOLERANCE
+
+
+def test_a_file_that_the_runtime_optimizes_into_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integer_biases, "_coarser", lambda bias, grid, integers, scale, *others: (integers, scale))
+    model, x = network(0)
+    fxslim.quantize(with_dead_filters(model, 1e-9), data=[x], example_inputs=x)
+    with pytest.raises(ExportError, match=r"differs from the model by \d") as told:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    seen = re.search(r"as the runtime optimizes it: relative L2 (\S+)", str(told.value))
+    assert seen is not None
+    assert float(seen.group(1)) > 0.1
 
 
 @pytest.mark.parametrize("seed", range(3))

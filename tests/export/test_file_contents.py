@@ -29,7 +29,10 @@ def test_a_file_does_not_say_where_its_source_lies(tmp_path) -> None:
 
 
 def test_the_advice_against_saturation_exists_and_helps() -> None:
-    said = str(OnnxVerification(path="x.onnx", outputs=(), rounding=0.0, relative_here=0.3, saturates=True))
+    seen = OnnxVerification(
+        path="x.onnx", outputs=(), rounding=0.0, relative_optimized=0.0, relative_here=0.3, saturates=True
+    )
+    said = str(seen)
     config = eval(re.search(r"WeightQuant\(.*?\)", said).group(), {"WeightQuant": WeightQuant})
     assert 2 * 255 * max(map(abs, config.grid)) < 1 << 15
     assert 2 * 255 * max(map(abs, WeightQuant().grid)) >= 1 << 15

@@ -9,13 +9,15 @@ import logging
 from typing import TYPE_CHECKING
 
 from fxslim.export.passes.graph_edits import GraphEdit, array_of
-from fxslim.export.passes.grids import axis_of, constant_weight, grid_of_value, is_operator
+from fxslim.export.passes.grids import Grid, axis_of, constant_weight, grid_of_value, is_operator
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
 _LARGEST = 2**31 - 1
+# What a bias takes of int32 where the weight makes room for it; of float32's exponents the step of the sums.
+_ROOM, _TINY = 2.0**30, 2.0**-120
 _log = logging.getLogger(__name__)
 
 
@@ -25,11 +27,13 @@ def store_biases_as_integers(model: ir.Model) -> bool:
     Others move by up to half of ``s_x * s_w``: of norms that only the export finds, and in files of others. A value
     next to a bound between two steps then falls to the other side, and deep networks amplify that.
 
-    A layer whose bias and products together could pass int32 keeps its float bias, and with it float arithmetic.
+    ONNX Runtime stores float biases as int32 itself, and cuts off what int32 does not hold. An output whose bias is too
+    large for the steps of its sums, as that of a filter that has died, gets a coarser weight: beside such a bias the
+    products are next to nothing. A layer whose products alone could pass int32 keeps its float bias.
     """
     edit = GraphEdit(model)
     for node in list(model.graph):
-        if is_operator(node, "Conv", "Gemm") and len(node.inputs) > 2:
+        if is_operator(node, "Conv", "Gemm", "ConvTranspose") and len(node.inputs) > 2:
             _store(edit, node)
     return edit.changed
 
@@ -46,13 +50,16 @@ def _store(edit: GraphEdit, node: ir.Node) -> None:
         return
     if scale.size != 1 and axis_of(dequantize, integers.ndim) != channels:
         return
-    step = np.float32(grid.scale) * scale.reshape(-1)
-    with np.errstate(all="ignore"):
-        stored = np.rint(bias.reshape(-1).astype(np.float64) / step.astype(np.float64))
-    if not _fits(stored, integers, channels, grid.bounds, grid.zero_point) or not (step > 0).all():
+    stored, step, fits = _in_steps(bias, grid, integers, scale, channels)
+    if not fits.all() and np.isfinite(bias).all():
+        integers, scale = _coarser(bias, grid, integers, scale, channels, fits)
+        stored, step, fits = _in_steps(bias, grid, integers, scale, channels)
+        if fits.all():
+            _replace_weight(edit, node, dequantize, integers, scale)
+    if not fits.all():
         _log.warning(
-            "%s keeps its bias in float, and runs in float: int32 does not hold it in steps of %.3g, the scale of the "
-            "input times that of its weight", node.name, step.min(),
+            "%s keeps its bias in float: int32 does not hold it together with all sums of products, in steps of %.3g, "
+            "the scale of the input times that of its weight", node.name, step.min(),
         )  # fmt: skip
         return
     stem = f"{_stem(node)}_q"
@@ -73,20 +80,57 @@ def _stem(node: ir.Node) -> str:
 
 
 def _output_axis(node: ir.Node) -> int | None:
-    """Where a weight has its output channels; None for a Gemm that is no layer."""
+    """Where a weight has its output channels; None for a Gemm that is no layer, and where no axis has them all."""
     if node.op_type == "Conv":
         return 0
+    if node.op_type == "ConvTranspose":
+        return 1 if node.attributes.get_int("group", 1) == 1 else None
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     if not plain or node.attributes.get_int("transA", 0) == 1:
         return None
     return 0 if node.attributes.get_int("transB", 0) == 1 else 1
 
 
-def _fits(stored: np.ndarray, integers: np.ndarray, channels: int, bounds: tuple[int, int], zero_point: int) -> bool:
-    """Whether no sum of one output channel can leave int32, whatever the input."""
+def _in_steps(
+    bias: np.ndarray, grid: Grid, integers: np.ndarray, scale: np.ndarray, channels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bias in steps of the sums, these steps, and of which outputs no sum can leave int32, whatever the input."""
     import numpy as np
 
+    step = np.float32(grid.scale) * scale.reshape(-1)
+    with np.errstate(all="ignore"):
+        stored = np.rint(bias.reshape(-1).astype(np.float64) / step.astype(np.float64))
     others = tuple(axis for axis in range(integers.ndim) if axis != channels)
-    reach = max(bounds[1] - zero_point, zero_point - bounds[0])
+    reach = max(grid.bounds[1] - grid.zero_point, grid.zero_point - grid.bounds[0])
     sums = np.abs(integers.astype(np.float64)).sum(axis=others) * reach
-    return bool(np.isfinite(stored).all() and (np.abs(stored) + sums <= _LARGEST).all())
+    return stored, step, np.isfinite(stored) & (np.abs(stored) + sums <= _LARGEST) & (step > 0)
+
+
+def _coarser(
+    bias: np.ndarray, grid: Grid, integers: np.ndarray, scale: np.ndarray, channels: int, fits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weight with scales at which its biases take half of int32, where its own are finer and do not fit."""
+    import numpy as np
+
+    least = np.maximum(np.abs(bias.reshape(-1)).astype(np.float64) / _ROOM, _TINY) / grid.scale
+    least = np.where(fits, 0.0, least)
+    wanted = np.maximum(scale.reshape(-1), least if scale.size > 1 else least.max()).astype(np.float32)
+    shape = [-1 if axis == channels else 1 for axis in range(integers.ndim)]
+    factors = (scale.reshape(-1).astype(np.float64) / wanted).reshape(shape if scale.size > 1 else [1] * integers.ndim)
+    return np.rint(integers * factors).astype(np.int8), wanted.reshape(scale.shape)
+
+
+def _replace_weight(
+    edit: GraphEdit, node: ir.Node, dequantize: ir.Node, integers: np.ndarray, scale: np.ndarray
+) -> None:
+    """Let one layer read another weight; who else reads the old one keeps it."""
+    import numpy as np
+
+    stem = "coarser_weight"
+    inputs = [edit.constant(integers, stem), edit.constant(scale, f"{stem}_scale")]
+    inputs.append(edit.constant(np.zeros(scale.shape, dtype=np.int8), f"{stem}_zero_point"))
+    attributes = {"axis": axis_of(dequantize, integers.ndim)} if scale.ndim else {}
+    old = node.inputs[1]
+    node.replace_input_with(1, edit.node("DequantizeLinear", inputs, attributes, before=node, like=old, stem=stem))
+    if old is not None and not old.uses() and not old.is_graph_output():
+        edit.remove(dequantize)

@@ -88,6 +88,16 @@ class StoredWeight(nn.Module):
         # A scale of 0 is none. Biases of such an output are whole steps of it, too: the finer, the better.
         self.scale = torch.where(factors == 0, self.scale, self.scale * factors.abs())
 
+    @torch.no_grad()
+    def coarsen(self, least: Tensor) -> None:
+        """Where a scale is below the least of its output, that one, and the integers that are nearest then."""
+        if self.integers is None or self.scale is None or self.is_grouped:
+            return
+        least = least.to(self.scale.device, torch.float32)
+        scale = torch.maximum(self.scale, least.amax() if self.axis is None else least)
+        factors = along_axis(self.scale.double() / scale.double(), self.integers, self.axis)
+        self.integers, self.scale = torch.round(self.integers * factors).to(torch.int8), scale
+
     @property
     def scale_of_outputs(self) -> Tensor | None:
         """One each, or one for all; None where the weight is in float, or its outputs have several."""
