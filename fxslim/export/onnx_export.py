@@ -68,7 +68,8 @@ def export_onnx(
             written = onnx_model(copy, examples[0], input_names, output_names, dynamic_shapes, opset)
             pack_four_bits(written, copy)
             # Only fused kernels want bounds between the two operators of a pair.
-            settle(written, integer_biases=integer_biases, integer_bounds=form == "qdq")
+            runs = form == "qdq"
+            settle(written, integer_biases=integer_biases, integer_bounds=runs, as_written=runs)
             _describe(written, model)
             save_onnx(written, place)
             return written
