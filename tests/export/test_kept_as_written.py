@@ -63,24 +63,3 @@ def test_quantized_layers_need_no_help(tmp_path: Path) -> None:
         fxslim.quantize(model, "int8", data=[x], example_inputs=x)
         export_onnx(model, x, tmp_path / "m.onnx")
         assert "Max" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}, name
-
-
-class TwoGrids(nn.Module):
-    """What the first layer gives is on one grid, what the second reads, without what lies below 0, on another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.first(x)
-        return y, self.second(torch.relu(y))
-
-
-def test_two_grids_in_a_row_are_two(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, x = TwoGrids().eval(), torch.randn(4, 3, 16, 16)
-    fxslim.quantize(model, "int8", data=[x], example_inputs=x)
-    found = export_onnx(model, x, tmp_path / "m.onnx")
-    assert found is not None
-    assert max(found.relative, found.relative_optimized) <= 1e-6
