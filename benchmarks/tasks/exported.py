@@ -29,14 +29,14 @@ COMPUTED_BY = (*sorted(Path(fxslim.__file__).parent.rglob("*.py")), Path(__file_
 # The column's title, what it shows, and how.
 COLUMNS = (
     ("simulated", "simulated", ".2f"),
-    ("exact", "exact", ".2f"),
+    ("file", "precise", ".2f"),
     ("here", "here", ".2f"),
-    ("precise", "precise", ".2f"),
+    ("one by one", "one by one", ".2f"),
     ("same argmax", "same", ".2f"),
     ("L2", "apart", ".4f"),
     ("**L2 to float**", "far from float", ".4f"),
-    ("L2 to float, precise", "far from float, precise", ".4f"),
     ("L2 to float, here", "far from float here", ".4f"),
+    ("L2 to float, one by one", "far from float, one by one", ".4f"),
 )
 DEFAULT = ROWS[0]
 Found = dict[str, float]
@@ -107,10 +107,10 @@ def head(options: argparse.Namespace) -> list[str]:
     (`benchmarks/tasks/`); a model is a network and the seed of its training. All are calibrated on the same 2,000
     training images in batches of {SIZE}; "trained": {options.epochs:g} epochs on the grids instead. fxslim's are of
     target "onnxruntime", INT8; quantize_static is ONNX Runtime's (QDQ, int8 weights per channel, uint8 activations).
-    Accuracy in percent: `simulated`, the model in torch; `exact`, its file, operators one by one in float between Q
-    and DQ; `here`, the file as this machine runs it; `precise`, the same with session.x64quantprecision=1.
-    `same argmax` (percent of images) and `L2` (relative, of logits): the exact file beside the simulated model.
-    `L2 to float`: the exact file's logits beside the float model's."""
+    Accuracy in percent: `simulated`, the model in torch; `file`, its file as ONNX Runtime optimizes it, with exact
+    products (session.x64quantprecision=1); `here`, without that option on this machine; `one by one`, operators without
+    optimizations, in float between Q and DQ. `same argmax` (percent of images) and `L2` (relative, of logits): the file
+    beside the simulated model. `L2 to float`: the file's logits beside the float model's."""
     command = f"python -m benchmarks.tasks.exported --nets {' '.join(options.nets)} --seeds {options.seeds}"
     return [
         f"# Files of trained networks, {datetime.date.today()}", "",

@@ -111,28 +111,28 @@ def measured(row: Row, task: Task, folder: Path) -> dict[str, float]:
         _write_theirs(task, row.method, path)
     else:
         export_onnx(model, task.example, path, target="onnxruntime")
-    exact = task.logits(_runner(session(path, exact=True)))
-    found["exact"] = task.accuracy(exact)
+    precise = task.logits(_runner(_precise_session(path)))
+    found["precise"] = task.accuracy(precise)
     if not row.trains:
-        found["far from float"] = distance(exact, task.wanted)
+        found["far from float"] = distance(precise, task.wanted)
     if row.thorough:
         here = task.logits(_runner(session(path)))
-        precise = task.logits(_runner(_precise_session(path)))
-        found |= {"here": task.accuracy(here), "precise": task.accuracy(precise)}
+        one_by_one = task.logits(_runner(session(path, exact=True)))
+        found |= {"here": task.accuracy(here), "one by one": task.accuracy(one_by_one)}
         if not row.trains:
             found |= {
                 "far from float here": distance(here, task.wanted),
-                "far from float, precise": distance(precise, task.wanted),
+                "far from float, one by one": distance(one_by_one, task.wanted),
             }
-    return found if model is None else found | _beside_simulated(task, model, exact)
+    return found if model is None else found | _beside_simulated(task, model, precise)
 
 
-def _beside_simulated(task: Task, model: nn.Module, exact: Tensor) -> dict[str, float]:
+def _beside_simulated(task: Task, model: nn.Module, logits: Tensor) -> dict[str, float]:
     simulated = task.logits(model)
     return {
         "simulated": task.accuracy(simulated),
-        "same": same(exact.argmax(1), simulated.argmax(1)),
-        "apart": distance(exact, simulated),
+        "same": same(logits.argmax(1), simulated.argmax(1)),
+        "apart": distance(logits, simulated),
     }
 
 

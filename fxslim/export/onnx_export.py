@@ -116,7 +116,7 @@ def _with_float_biases(
         twin = Path(folder) / "float_biases.onnx"
         if not is_rounding(largest_bias_error(written, write(twin, integer_biases=False))):
             return verification
-        return replace(verification, with_float_biases=verify_onnx(model, twin, examples).relative)
+        return replace(verification, with_float_biases=verify_onnx(model, twin, examples).relative_one_by_one)
 
 
 def _check_target(model: nn.Module, target: str | None, form: str) -> None:
@@ -147,17 +147,17 @@ def _change_form(path: Path, form: str) -> None:
 
 
 def _agrees(verification: OnnxVerification, tolerance: float) -> bool:
-    alone, whole = verification.with_float_biases, verification.relative
+    alone, whole = verification.with_float_biases, verification.relative_one_by_one
     allowed = max(tolerance, _TIMES_ROUNDING * verification.rounding)
     # Fused kernels round elsewhere: as far off again as rounding takes the operators one by one, and no further.
-    return (whole if alone is None else alone) <= allowed and verification.relative_optimized <= max(allowed, 2 * whole)
+    return (whole if alone is None else alone) <= allowed and verification.relative <= max(allowed, 2 * whole)
 
 
 def _refuse(verification: OnnxVerification, tolerance: float, made: Path) -> NoReturn:
     aside = kept_aside(made)
     verification = replace(verification, path=str(aside))
     raise ExportError(
-        f"the file differs from the model by {max(verification.relative, verification.relative_optimized):.2g} "
+        f"the file differs from the model by {max(verification.relative, verification.relative_one_by_one):.2g} "
         f"(relative L2; tolerance={tolerance}) and is "
         f"kept aside as {aside}\n{verification}"
     )

@@ -54,20 +54,21 @@ class OutputAgreement:
 class OnnxVerification:
     """How far ONNX Runtime is from torch, over all inputs.
 
-    ``outputs``: of the operators one by one, in float between Q and DQ. ``relative_optimized``: of the file as the
-    runtime optimizes it, with exact products of integers; ``relative_here``: the same as it is on this machine, larger
-    where ``saturates``, since processors without VNNI sum pairs of products in 16 bits. ``rounding``: how far torch is
-    from itself in float64, or with inputs, and what is put on grids, moved by some last places, relative L2: a value
-    between two steps may fall to either side, and every layer behind it hears of that; no file can be nearer.
+    ``outputs``: of the file as the runtime optimizes it, with exact products of integers; ``relative_here``: the same
+    as it is on this machine, larger where ``saturates``, since processors without VNNI sum pairs of products in 16
+    bits. ``relative_one_by_one``: of the operators one by one, in float between Q and DQ. ``rounding``: how far torch
+    is from itself in float64, or with inputs, and what is put on grids, moved by some last places, relative L2: a value
+    between two steps may fall to either side, and every layer behind it hears of that; only where all of the arithmetic
+    is in integers a file can be nearer.
     ``refused``: what the runtime says where it loads the file only with its optimizations switched off.
-    ``with_float_biases``: ``relative`` without the rounding of biases to int32, where export_onnx looked for what sets
-    a file apart.
+    ``with_float_biases``: ``relative_one_by_one`` without the rounding of biases to int32, where export_onnx looked for
+    what sets a file apart.
     """
 
     path: str
     outputs: tuple[OutputAgreement, ...]
     rounding: float
-    relative_optimized: float
+    relative_one_by_one: float
     relative_here: float
     saturates: bool
     refused: str = ""
@@ -92,14 +93,14 @@ class OnnxVerification:
                 f"same argmax {one.argmax:.2%}"
             )
         if not self.refused:
-            lines.append(f"  as the runtime optimizes it: relative L2 {self.relative_optimized:.2g}")
+            lines.append(f"  operators one by one, without optimizations: relative L2 {self.relative_one_by_one:.2g}")
+        if self.with_float_biases is not None:
+            lines.append(f"  so without the rounding of biases to int32: relative L2 {self.with_float_biases:.2g}")
         lines.append(
             f"  torch differs from itself by {self.rounding:.2g}, in float64 or with numbers moved by some last places"
         )
-        if not self.relative < float("inf"):
+        if not max(self.relative, self.relative_one_by_one) < float("inf"):
             lines.append("  NaN or infinity on one side only: look for them in the inputs, the weights and the outputs")
-        if self.with_float_biases is not None:
-            lines.append(f"  without the rounding of biases to int32: relative L2 {self.with_float_biases:.2g}")
         if self.refused:
             lines.append(f"  loaded only with graph_optimization_level ORT_DISABLE_ALL: {self.refused}")
         elif self.saturates:
@@ -135,11 +136,11 @@ def verify_onnx(model: nn.Module, path: str | Path, inputs: Any) -> OnnxVerifica
     return OnnxVerification(
         path=str(path),
         outputs=tuple(
-            _agreement(name, columns[place], _column(found[exact], place, path), steps.get(name))
+            _agreement(name, columns[place], _column(found[optimized], place, path), steps.get(name))
             for place, name in enumerate(names)
         ),
         rounding=_rounding(model, examples, wanted),
-        relative_optimized=apart(optimized),
+        relative_one_by_one=apart(exact),
         relative_here=apart(here),
         saturates=saturates,
         refused=refused,
@@ -177,8 +178,14 @@ def _rounding(model: nn.Module, examples: list[Inputs], wanted: list[list[Tensor
 @contextlib.contextmanager
 def _moved_before_rounding(model: nn.Module, factor: float) -> Iterator[None]:
     """Meanwhile quantizers of activations see what sums in another order may come to."""
+
+    def move(quantizer: Any, args: Any) -> Any:
+        if isinstance(quantizer, ActivationQuantizer):
+            quantizer.forget_sums()
+        return (_times(args[0], factor), *args[1:])
+
     hooks = [
-        module.register_forward_pre_hook(lambda _, args: (_times(args[0], factor), *args[1:]))
+        module.register_forward_pre_hook(move)
         for module in model.modules()
         if isinstance(module, ActivationQuantizer | FixedQuantizer)
     ]

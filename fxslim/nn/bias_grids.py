@@ -2,10 +2,10 @@
 """Biases as integer kernels add them: whole steps of the sums, the scale of the input times that of the weight.
 
 Sums and biases are int32 there. A layer in eval mode, a file and a deployed layer all get their bias here, so that they
-compute the same.
+compute the same. The quantizers that read the sums in eval mode are told the steps.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fxslim.nn.norm_folding import folded_norm, in_double
 from fxslim.nn.quant_config import WeightQuant
 from fxslim.nn.quantizers import ActivationQuantizer
 from fxslim.nn.quantizers.gradient_routes import straight_through
+from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.nn.quantizers.onnx_lowering import is_lowering, telling
 from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.nn.quantizers.stored_weights import StoredWeight
@@ -22,14 +23,25 @@ from fxslim.nn.small_weights import storage_of
 _LARGEST = 2**31 - 1
 # What a bias takes of int32 where the weight makes room for it; of float32's exponents the step of the sums.
 _ROOM, _TINY = 2.0**30, 2.0**-120
-# Of a layer: the batch norm behind it that deployment folds in, and the quantizer elsewhere that its input comes from.
+# Where a layer keeps its neighbours.
 NEIGHBOURS = "_neighbours"
 
 
-def remember_neighbours(layer: nn.Module, norm: nn.Module | None, source: nn.Module | None) -> None:
-    """What decides the grid of a layer's sums besides the layer itself."""
-    # In a tuple, so that neither is a submodule.
-    layer.__dict__[NEIGHBOURS] = norm, source
+class Neighbours(NamedTuple):
+    """What a layer's sums have to do with besides the layer. A tuple, so that none becomes its submodule.
+
+    ``norm``: the batch norm behind it that deployment folds in. ``source``: the quantizer elsewhere that its input
+    comes from. ``readers``: those elsewhere that read its sums, and where the channels are there.
+    """
+
+    norm: nn.Module | None = None
+    source: nn.Module | None = None
+    readers: tuple[tuple[nn.Module, Channels], ...] = ()
+
+
+def remember_neighbours(layer: nn.Module, neighbours: Neighbours) -> None:
+    """In place of those that it knew."""
+    layer.__dict__[NEIGHBOURS] = neighbours
 
 
 def forget_neighbours(layer: nn.Module) -> None:
@@ -37,9 +49,13 @@ def forget_neighbours(layer: nn.Module) -> None:
     layer.__dict__.pop(NEIGHBOURS, None)
 
 
+def _neighbours(layer: nn.Module) -> Neighbours:
+    return vars(layer).get(NEIGHBOURS) or Neighbours()
+
+
 def norm_behind(layer: Any) -> nn.Module | None:
     """The batch norm that deployment folds into the layer, where that is known."""
-    return None if layer.output_quantizer is not None else layer.__dict__.get(NEIGHBOURS, (None, None))[0]
+    return None if layer.output_quantizer is not None else _neighbours(layer).norm
 
 
 def has_integers(config: WeightQuant | None) -> bool:
@@ -51,7 +67,7 @@ def input_scale(layer: Any, name: str = "input", given: ActivationQuantizer | No
     """The scale of what the layer multiplies; None where that is not on a grid of 8 bits, or on which is not known."""
     quantizer = getattr(layer, f"{name}_quantizer", None)
     if quantizer is None:
-        quantizer = given or vars(layer).get(NEIGHBOURS, (None, None))[1]
+        quantizer = given or _neighbours(layer).source
     if not isinstance(quantizer, ActivationQuantizer):
         return None
     config = quantizer.config
@@ -105,6 +121,22 @@ def bias_in_eval(layer: Any, bias: Tensor | None, scale: Tensor | None) -> Tenso
             return bias_before(None if norm is None else real_twin(norm), twin.bias, input_scale(twin), scale)
     value = bias_before(norm, bias, input_scale(layer), scale)
     return value if bias is None or value is None or value is bias else straight_through(value, bias)
+
+
+@torch.no_grad()
+def tell_readers(layer: Any, scale: Tensor | None) -> None:
+    """Before the layer's arithmetic in eval mode: quantizers that read its sums get to know the steps of these."""
+    own = layer.output_quantizer
+    # Channels of convolutions come before the dims of the kernel.
+    channels = Channels(-1 - len(getattr(layer, "kernel_size", ())))
+    readers = _neighbours(layer).readers if own is None else ((own, channels),)
+    if not readers or scale is None or is_lowering():
+        return
+    norm = norm_behind(layer)
+    step = _step(input_scale(layer), scale, None if norm is None else folded_norm(norm)[0])
+    for reader, where in readers:
+        if step is not None and isinstance(reader, ActivationQuantizer):
+            reader.expect_sums(step, where)
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from fxslim.errors import CalibrationError, ConfigError, DtypeError, UnsupportedLayerError
 from fxslim.nn.bias_grids import (
+    Neighbours,
     bias_in_eval,
     forget_neighbours,
     has_integers,
     make_room_for_bias,
     remember_neighbours,
+    tell_readers,
 )
 from fxslim.nn.layer_copies import copied_as
 from fxslim.nn.masked_weights import MaskedWeights, refresh_if_due
@@ -159,7 +161,9 @@ class QuantizedLayer(MaskedWeights):
         scales: list[Tensor] = []
         weight = self.computed(scales=scales)
         bias: Any = self.bias
-        return weight, bias_in_eval(self, bias, scales[0] if scales else None)
+        scale = scales[0] if scales else None
+        tell_readers(self, scale)
+        return weight, bias_in_eval(self, bias, scale)
 
     @property
     def rounds_biases(self) -> bool:
@@ -171,12 +175,9 @@ class QuantizedLayer(MaskedWeights):
         # In a tuple, so that it is no submodule.
         self._folded = (norm,)
 
-    def stand_between(self, norm: nn.Module | None, source: nn.Module | None) -> None:
-        """Know the batch norm behind the layer that deployment folds in, and the quantizer that the input comes from.
-
-        Both decide the steps of the sums, of which the bias is a whole number in eval mode.
-        """
-        remember_neighbours(self, norm, source)
+    def stand_between(self, neighbours: Neighbours) -> None:
+        """Know what decides the steps of the sums, of which eval mode makes whole numbers, and who reads them."""
+        remember_neighbours(self, neighbours)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's, between the quantizers."""

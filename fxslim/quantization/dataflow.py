@@ -81,6 +81,14 @@ class Dataflow:
         """Whether it is what a batch norm does."""
         return operator_of(node) in _NORMS
 
+    def is_clamp(self, node: fx.Node) -> bool:
+        """Whether it only cuts off values at two ends."""
+        return operator_of(node) in _CLAMPS
+
+    def is_move(self, node: fx.Node) -> bool:
+        """Whether it moves values, or picks some of them."""
+        return operator_of(node) in _MOVES
+
     def source(self, node: fx.Node) -> fx.Node:
         """The tensor that this one is a moved part of."""
         while operator_of(node) in _MOVES and node.args and isinstance(node.args[0], fx.Node):

@@ -22,6 +22,7 @@ from fxslim.quantization.layer_configs import LayerConfigs, refuse
 from fxslim.quantization.placement import Placement, place
 from fxslim.quantization.quantizable_layers import QuantizableLayer, find_layers
 from fxslim.quantization.quantization_plan import LayerPlan, QuantizationPlan
+from fxslim.quantization.sums_read import find_sums
 from fxslim.quantization.targets import Target, as_target
 
 # From so many bits on, what a learned range of the model's input could gain is not worth its gradient.
@@ -86,6 +87,7 @@ def _planned(
     if flows and placed.general is not None:
         unasked = {name: own.activation is None for name, own in placed.configs.items()}
         placed.take(place(flows[0], unasked, wishes.target))
+    asked = [name for name, own in placed.configs.items() if own.activation is not None and kept[name].user is None]
     return QuantizationPlan(
         layers=tuple(
             LayerPlan(name=name, config=own, user=kept[name].user, is_given=name in placed.given)
@@ -97,6 +99,7 @@ def _planned(
         folds=folds,
         norms=norms,
         sources={name: giver for name, giver in placed.given.items() if giver is not None},
+        sums=find_sums(flows[0], list(placed.configs), norms, asked, list(placed.outputs)) if flows else {},
         freeze_after=freeze_after,
         start_step=max(own.start_step for own in placed.configs.values()),
         notes=(*notes, *placed.notes),

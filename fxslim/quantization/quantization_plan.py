@@ -16,6 +16,7 @@ from fxslim.graph.model_state import HookState, ModelState
 from fxslim.graph.refusals import refuse_wrapped, without_compile_wrapper
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import ActivationQuant, QuantConfig
+from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.plan.applied_plans import module_in, names_in, remember_plan
 from fxslim.plan.plan import Plan, Shapes
 from fxslim.quantization.quantized_models import (
@@ -64,6 +65,8 @@ class QuantizationPlan(Plan):
     # layers get their input on a grid, {layer: module}: both decide the steps of the sums that biases are added to.
     norms: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    # Whose sums the input quantizer of a layer, or the output quantizer of a module, reads, and where the channels are.
+    sums: Mapping[str, tuple[str, Channels]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -92,7 +95,8 @@ class QuantizationPlan(Plan):
                 for pairs in (self.folds, self.norms, self.sources)
             )
             fold_norms(model, folds, self.freeze_after, changes)
-            introduce_neighbours(model, norms, sources)
+            sums = {module_in(model, k): (module_in(model, v), where) for k, (v, where) in self.sums.items()}
+            introduce_neighbours(model, norms, sources, sums)
             if values:
                 try_quantized(model, self.inputs)
         added = [parameter for parameter in model.parameters() if id(parameter) not in before]
@@ -110,6 +114,7 @@ class QuantizationPlan(Plan):
             "folds": dict(self.folds),
             "norms": dict(self.norms),
             "sources": dict(self.sources),
+            "sums": {reader: [layer, *channels] for reader, (layer, channels) in self.sums.items()},
             "freeze_after": self.freeze_after,
             "notes": list(self.notes),
         }
@@ -138,6 +143,10 @@ class QuantizationPlan(Plan):
             folds={str(conv): str(norm) for conv, norm in data.get("folds", {}).items()},
             norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
             sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
+            sums={
+                str(reader): (str(layer), Channels(*map(int, where)))
+                for reader, (layer, *where) in data.get("sums", {}).items()
+            },
             freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
             notes=tuple(map(str, data["notes"])),
         )

@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from fxslim.errors import PlanError
 from fxslim.graph.surgery.changes import Changes
 from fxslim.nn import ActivationQuant, HandedOverLinearQAT, MultiheadAttentionQAT, QuantizedLayer
+from fxslim.nn.bias_grids import Neighbours
 from fxslim.nn.handed_over_quantized import quantize_inputs_within
 from fxslim.nn.norm_folding import freeze_later
 from fxslim.nn.placed_quantizers import OUTPUT_QUANTIZER, place_output_quantizer
 from fxslim.nn.quantizers import Phased
+from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.quantization.quantizable_layers import COUNTERPARTS
 
 
@@ -69,13 +71,25 @@ def fold_norms(model: nn.Module, folds: Mapping[str, str], freeze_after: int | N
             freeze_later(norm, freeze_after)
 
 
-def introduce_neighbours(model: nn.Module, norms: Mapping[str, str], sources: Mapping[str, str]) -> None:
-    """Layers get to know the norms behind them, and the quantizers of other modules that their input comes from."""
-    for name in dict.fromkeys((*norms, *sources)):
+def introduce_neighbours(
+    model: nn.Module,
+    norms: Mapping[str, str],
+    sources: Mapping[str, str],
+    sums: Mapping[str, tuple[str, Channels]],
+) -> None:
+    """Layers get to know the norms behind them, the quantizer that their input comes from, and who reads their sums."""
+    readers: dict[str, list[Any]] = {}
+    for reader, (name, channels) in sums.items():
+        module = model.get_submodule(reader)
+        quantizer = module._modules.get("input_quantizer" if isinstance(module, QuantizedLayer) else OUTPUT_QUANTIZER)
+        if quantizer is not None:
+            readers.setdefault(name, []).append((quantizer, channels))
+    for name in dict.fromkeys((*norms, *sources, *readers)):
         layer = model.get_submodule(name)
         if isinstance(layer, QuantizedLayer):
             norm = model.get_submodule(norms[name]) if name in norms else None
-            layer.stand_between(norm, _quantizer_of(model.get_submodule(sources[name])) if name in sources else None)
+            source = _quantizer_of(model.get_submodule(sources[name])) if name in sources else None
+            layer.stand_between(Neighbours(norm, source, tuple(readers.get(name, ()))))
 
 
 def _quantizer_of(giver: nn.Module) -> nn.Module | None:

@@ -30,7 +30,7 @@ def test_a_file_does_not_say_where_its_source_lies(tmp_path) -> None:
 
 def test_the_advice_against_saturation_exists_and_helps() -> None:
     seen = OnnxVerification(
-        path="x.onnx", outputs=(), rounding=0.0, relative_optimized=0.0, relative_here=0.3, saturates=True
+        path="x.onnx", outputs=(), rounding=0.0, relative_one_by_one=0.0, relative_here=0.3, saturates=True
     )
     said = str(seen)
     config = eval(re.search(r"WeightQuant\(.*?\)", said).group(), {"WeightQuant": WeightQuant})

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
 from fxslim.nn.quantizers.fixed_quantizers import fixed_quantizer
+from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels
 from fxslim.nn.quantizers.onnx_lowering import check_format, is_lowering, telling
 from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
 from fxslim.nn.quantizers.real_values import real_twin, without_modes
 from fxslim.ranges import range_method
+
+# Of what integer kernels give.
+_KERNEL_BITS = 8
 
 
 class _Untouched(torch.autograd.Function):
@@ -46,6 +50,7 @@ class ActivationQuantizer(Phased):
         self.make_states()
         self._collecting = self._just_passed = False
         self._method: Any = None
+        self._sums: tuple[Tensor, Channels] | None = None
         self.batches_collected = 0
         if config.clip_min is not None and config.clip_max is not None:
             self.set_range(torch.tensor(float(config.clip_min)), torch.tensor(float(config.clip_max)))
@@ -99,10 +104,27 @@ class ActivationQuantizer(Phased):
         if not enabled or not x.is_floating_point():
             return x
         if seen >= self.batches_needed and not self._is_repeated():
-            return self.on_grid(x)
+            return self.on_grid(x if self._sums is None else self._taken_as_sums(x))
         if self.training and observing and not x.is_meta:
             self._calibrate(x, seen)
         return self._passed(x)
+
+    def expect_sums(self, step: Tensor, channels: Channels) -> None:
+        """What comes next in eval mode is a layer's integer sums, whole numbers of ``step``."""
+        self._sums = step, channels
+
+    def forget_sums(self) -> None:
+        """What comes next is any tensor."""
+        self._sums = None
+
+    def _taken_as_sums(self, x: Tensor) -> Tensor:
+        assert self._sums is not None
+        step, channels = self._sums
+        self.forget_sums()
+        config = self.config
+        if self.training or config.format != "int" or config.bits > _KERNEL_BITS:
+            return x
+        return as_integer_kernels(x, step, channels, self.grid()[0])
 
     def _lowered(self, x: Tensor) -> Tensor:
         with without_modes(), telling():

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of integer products, put on the grid behind them as integer kernels do it.
+
+Such a kernel has a whole number of steps (the scale of the input times that of the weight), multiplies it by one factor
+and rounds. A float layer's result is the same number but for its last places, which put some values on the other side
+of a middle. Recovering the whole number first leaves nothing to chance.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxslim.nn.quantizers.gradient_routes import straight_through
+
+# Sums of which an output's step holds more than this are as good as real numbers.
+_FINEST = 2.0**-30
+
+
+class Channels(NamedTuple):
+    """Where a layer's output channels are in a tensor: along ``dim`` from ``first`` on, each ``repeat`` times."""
+
+    dim: int
+    first: int = 0
+    repeat: int = 1
+
+
+def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
+    """x, which is whole numbers of ``step`` but for rounding, in whole numbers of ``scale``; its gradient as ever.
+
+    >>> sums = torch.tensor([[0.49999, 1.2]])
+    >>> as_integer_kernels(sums, torch.tensor([0.125, 0.5]), Channels(-1), torch.tensor(1.0))
+    tensor([[0., 1.]])
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        return x
+    known = _along(x, step, channels)
+    if known is None:
+        return x
+    with torch.no_grad():
+        scale = scale.to(x.dtype)
+        fine = known.to(x.dtype)
+        fine = torch.where(fine >= scale * _FINEST, fine, scale)
+        value = x.detach().div(fine).round_().mul_(fine / scale).round_().mul_(scale)
+    return straight_through(value, x) if torch.is_grad_enabled() and x.requires_grad else value
+
+
+def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:
+    """The steps in the shape of x; None where they are those of another tensor."""
+    if step.numel() == 1:
+        return step.reshape(())
+    dim, first, repeat = channels
+    if x.dim() < -dim:
+        return None
+    if repeat != 1 or first or step.numel() != x.shape[dim]:
+        step = step[first : first + x.shape[dim] // repeat].repeat_interleave(repeat)
+        if step.numel() != x.shape[dim]:
+            return None
+    return step.reshape(-1, *[1] * (-dim - 1))

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums are put on the next grid in eval mode as integer kernels do it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxslim
+from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels
+
+
+@given(st.integers(0, 2**31), st.sampled_from([-1, -2, -3, -4]), st.sampled_from(["outputs", "one scale"]))
+def test_the_formula_of_kernels(seed: int, dim: int, scales: str) -> None:
+    """A whole number in float, times one factor in float32, rounded to the nearest, ties to even."""
+    torch.manual_seed(seed)
+    step = torch.rand(3 if scales == "outputs" else 1) * 1e-3 + 1e-6
+    scale = torch.rand(1) * 0.1 + 1e-3
+    sums = torch.randint(-100_000, 100_000, (3, 3, 3, 3), dtype=torch.int32)
+    shaped = step.reshape(-1, *[1] * (-dim - 1))
+    x = sums * shaped * (1 + torch.randn(3, 3, 3, 3) * 1e-7)
+    factor = (shaped / scale).numpy()
+    wanted = np.rint(sums.numpy().astype(np.float32) * factor) * scale.numpy()
+    assert np.array_equal(as_integer_kernels(x, step, Channels(dim), scale).numpy(), wanted)
+
+
+def test_a_middle_that_float_misses() -> None:
+    """125 steps of 0.1 are 12.5 of the next; float32 says a little more."""
+    step, scale = torch.tensor([0.1]), torch.tensor([1.0])
+    x = torch.tensor([12.500001])
+    assert x.div(scale).round().item() == 13
+    assert as_integer_kernels(x, step, Channels(-1), scale).item() == 12
+
+
+def test_channels_that_were_moved() -> None:
+    step, scale = torch.tensor([0.25, 0.5, 2.0, 4.0]), torch.tensor([1.0])
+    x = torch.full((2, 4), 2.6)
+    # Of channels 1 and 2 two places each: 2.6 is 5 halves, so 2, and one step of 2.
+    assert as_integer_kernels(x, step, Channels(-1, 1, 2), scale).tolist() == [[2.0, 2.0, 2.0, 2.0]] * 2
+    assert as_integer_kernels(x + 0.5, step, Channels(-1, 1, 2), scale).tolist() == [[3.0, 3.0, 4.0, 4.0]] * 2
+
+
+def test_what_is_no_sum_of_the_layer_passes() -> None:
+    step, scale = torch.ones(4), torch.tensor([1.0])
+    for x in (torch.rand(2, 5), torch.rand(9), torch.rand(2, 4).half(), torch.rand(2, 4).bfloat16()):
+        assert as_integer_kernels(x, step, Channels(-1), scale) is x
+    assert as_integer_kernels(torch.rand(4), step, Channels(-3), scale).shape == (4,)
+
+
+def test_steps_next_to_nothing_and_values_that_are_none() -> None:
+    """Of a dead filter the sum is its bias: more steps than any number holds."""
+    scale = torch.tensor([0.5])
+    for least in (1e-12, 1e-40, 0.0):
+        assert as_integer_kernels(torch.tensor([0.7]), torch.tensor([least]), Channels(-1), scale).item() == 0.5
+    odd = as_integer_kernels(torch.tensor([torch.nan, torch.inf]), torch.ones(2), Channels(-1), scale)
+    assert odd[0].isnan()
+    assert odd[1] == torch.inf
+
+
+def test_gradients_go_through() -> None:
+    x = torch.randn(5, requires_grad=True)
+    (as_integer_kernels(x, torch.tensor([1e-3]), Channels(-1), torch.tensor([0.1])) * torch.arange(5)).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.arange(5.0))
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.norm(self.conv(x)).relu_(), 2)
+        return self.fc(torch.flatten(x, 1))
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).flatten(2).transpose(1, 2))
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        a, b, c = self.up(x).chunk(3, -1)
+        return self.one(a), self.two(b), self.three(c * 0.3)
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([self.a(x), self.b(x)], 1).roll(1, 1))
+
+
+class TwoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norms = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norms(self.conv(x)))
+
+
+IMAGE, ROWS = (2, 3, 8, 8), (2, 8)
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "pooled": (Pooled, IMAGE, {"fc": ("conv", (-1, 0, 9))}),
+    "patches": (Patches, IMAGE, {"fc": ("conv", (-1, 0, 1))}),
+    "joined": (Joined, IMAGE, {}),
+    "two norms": (TwoNorms, IMAGE, {}),
+    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1))}),
+    "another activation": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), ROWS, {}),
+    "video": (
+        lambda: nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 4, 1)),
+        (2, 3, 4, 4, 4), {"2": ("0", (-4, 0, 1))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whose_sums_are_read(name: str) -> None:
+    make, shape, wanted = CASES[name]
+    plan = fxslim.plan_quantization(make().eval(), "int8", example_inputs=torch.randn(shape))
+    sums = {reader: (layer, tuple(where)) for reader, (layer, where) in plan.sums.items() if reader in wanted}
+    assert sums == wanted
+    own = {reader for reader in plan.sums if reader not in wanted}
+    assert not own & {"fc", "c", "last", "2"}
+
+
+def test_parts_of_a_sum_know_their_channels() -> None:
+    plan = fxslim.plan_quantization(Halves().eval(), "int8", example_inputs=torch.randn(ROWS), target="tensorrt")
+    quantized_where_made = {one.name for one in plan.layers if one.is_given}
+    assert quantized_where_made | set(plan.sums) >= {"one", "two"}
+    assert "three" not in plan.sums
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_left_behind(name: str) -> None:
+    """Whatever is expected in a forward is taken in it; and results are on the grid that a plain quantizer has."""
+    make, shape, _ = CASES[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = fxslim.quantize(make().eval(), "int8", data=[x], example_inputs=x)
+    first = model(x)
+    quantizers = [m for m in model.modules() if isinstance(m, fxslim.nn.quantizers.ActivationQuantizer)]
+    assert all(quantizer._sums is None for quantizer in quantizers)
+    assert torch.equal(model(x), first)
+    for quantizer in quantizers:
+        quantizer.register_forward_pre_hook(lambda quantizer, args: quantizer.forget_sums())
+    torch.testing.assert_close(model(x), first, rtol=0.05, atol=0.05)
+
+
+def test_a_saved_plan_knows_the_readers() -> None:
+    plan = fxslim.plan_quantization(Pooled().eval(), "int8", example_inputs=torch.randn(IMAGE))
+    assert plan.sums
+    assert type(plan).from_dict(plan.to_dict()).sums == plan.sums
+
+
+def test_training_adds_in_float() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    model = fxslim.quantize(Pooled().eval(), "int8", data=[x], example_inputs=x).train()
+    model(x).sum().backward()
+    assert all(m._sums is None for m in model.modules() if isinstance(m, fxslim.nn.quantizers.ActivationQuantizer))
+    assert all(parameter.grad is not None for parameter in model.parameters())
