@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Container, Iterable
+from typing import Any
 
 from torch import fx
 
@@ -84,6 +85,16 @@ class Dataflow:
     def is_clamp(self, node: fx.Node) -> bool:
         """Whether it only cuts off values at two ends."""
         return operator_of(node) in _CLAMPS
+
+    def bounds(self, node: fx.Node) -> tuple[float | None, float | None]:
+        """The two ends of a clamp, as far as they are numbers."""
+        name = operator_of(node)
+        if name in ("relu", "relu6"):
+            return 0.0, 6.0 if name == "relu6" else None
+        given: dict[str, Any] = {"min": None, "max": None} if name != "hardtanh" else {"min_val": -1.0, "max_val": 1.0}
+        given |= dict(zip(given, node.args[1:], strict=False)) | node.kwargs
+        low, high = (float(end) if isinstance(end, int | float) else None for end in given.values())
+        return low, high
 
     def is_move(self, node: fx.Node) -> bool:
         """Whether it moves values, or picks some of them."""

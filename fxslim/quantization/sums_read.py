@@ -40,14 +40,16 @@ def find_sums(
 def _read(
     flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]
 ) -> tuple[str, Channels] | None:
-    """Through moves, clamps, which leave whole steps what they are, and the norm that becomes part of the layer."""
-    moves, between = [], []
+    """Through moves, clamps, and the norm that becomes part of the layer."""
+    moves, between, clamps = [], [], []
     while node not in made:
         if flow.is_norm(node):
             between.append(str(node.meta.get("module")))
         elif flow.is_move(node) or operator_of(node) == "getitem":
             moves.append(node)
-        elif not flow.is_clamp(node):
+        elif flow.is_clamp(node):
+            clamps.append(flow.bounds(node))
+        else:
             return None
         if not node.args or not isinstance(node.args[0], fx.Node):
             return None
@@ -56,7 +58,11 @@ def _read(
     if between != ([norms[layer]] if layer in norms else []):
         return None
     channels = _channels(node, moves[::-1])
-    return None if channels is None else (layer, channels)
+    if channels is None:
+        return None
+    low = max((low for low, _ in clamps if low), default=None)
+    high = min((high for _, high in clamps if high), default=None)
+    return layer, channels._replace(low=low, high=high)
 
 
 def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:

@@ -18,11 +18,16 @@ _FINEST = 2.0**-30
 
 
 class Channels(NamedTuple):
-    """Where a layer's output channels are in a tensor: along ``dim`` from ``first`` on, each ``repeat`` times."""
+    """Where a layer's output channels are in a tensor: along ``dim`` from ``first`` on, each ``repeat`` times.
+
+    ``low``, ``high``: what a clamp cut off the sums to, where that is no 0: it need not be a whole number of steps.
+    """
 
     dim: int
     first: int = 0
     repeat: int = 1
+    low: float | None = None
+    high: float | None = None
 
 
 def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
@@ -42,6 +47,10 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
         fine = known.to(x.dtype)
         fine = torch.where(fine >= scale * _FINEST, fine, scale)
         value = x.detach().div(fine).round_().mul_(fine / scale).round_().mul_(scale)
+        if channels.high is not None:
+            value = torch.where(x >= channels.high, x, value)
+        if channels.low is not None:
+            value = torch.where(x <= channels.low, x, value)
     return straight_through(value, x) if torch.is_grad_enabled() and x.requires_grad else value
 
 
@@ -49,7 +58,7 @@ def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:
     """The steps in the shape of x; None where they are those of another tensor."""
     if step.numel() == 1:
         return step.reshape(())
-    dim, first, repeat = channels
+    dim, first, repeat = channels[:3]
     if x.dim() < -dim:
         return None
     if repeat != 1 or first or step.numel() != x.shape[dim]:

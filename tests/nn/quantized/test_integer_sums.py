@@ -45,6 +45,14 @@ def test_channels_that_were_moved() -> None:
     assert as_integer_kernels(x + 0.5, step, Channels(-1, 1, 2), scale).tolist() == [[3.0, 3.0, 4.0, 4.0]] * 2
 
 
+def test_ends_of_clamps_stay() -> None:
+    """6 is 5.45 steps of 1.1 and of the next grid 2.4: the kernel has more steps there, which are cut off behind it."""
+    x, step, scale = torch.tensor([6.0, 5.5, -6.0, -5.5]), torch.tensor([1.1]), torch.tensor([2.5])
+    assert as_integer_kernels(x, step, Channels(-1), scale).tolist() == [5.0, 5.0, -5.0, -5.0]
+    cut = as_integer_kernels(x, step, Channels(-1, low=-6.0, high=6.0), scale).tolist()
+    assert cut == [6.0, 5.0, -6.0, -5.0]
+
+
 def test_what_is_no_sum_of_the_layer_passes() -> None:
     step, scale = torch.ones(4), torch.tensor([1.0])
     for x in (torch.rand(2, 5), torch.rand(9), torch.rand(2, 4).half(), torch.rand(2, 4).bfloat16()):
@@ -119,13 +127,30 @@ class TwoNorms(nn.Module):
         return self.last(self.norms(self.conv(x)))
 
 
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.fc = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.up(x).clamp(max=0.75).clamp_(min=-0.5))
+
+
 IMAGE, ROWS = (2, 3, 8, 8), (2, 8)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "pooled": (Pooled, IMAGE, {"fc": ("conv", (-1, 0, 9))}),
     "patches": (Patches, IMAGE, {"fc": ("conv", (-1, 0, 1))}),
     "joined": (Joined, IMAGE, {}),
     "two norms": (TwoNorms, IMAGE, {}),
-    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1))}),
+    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1))}),
+    "up to 6": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1, None, 6.0))},
+    ),
+    "two ends": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(), nn.Hardtanh(-3, 0.5), nn.Linear(6, 3)), ROWS,
+        {"3": ("0", (-1, 0, 1, -1.0, 0.5))},
+    ),
+    "clamped": (Clamped, ROWS, {"fc": ("up", (-1, 0, 1, -0.5, 0.75))}),
     "another activation": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), ROWS, {}),
     "video": (
         lambda: nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 4, 1)),
@@ -138,8 +163,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
 def test_whose_sums_are_read(name: str) -> None:
     make, shape, wanted = CASES[name]
     plan = fxslim.plan_quantization(make().eval(), "int8", example_inputs=torch.randn(shape))
-    sums = {reader: (layer, tuple(where)) for reader, (layer, where) in plan.sums.items() if reader in wanted}
-    assert sums == wanted
+    sums = {reader: (layer, where) for reader, (layer, where) in plan.sums.items() if reader in wanted}
+    assert sums == {reader: (layer, Channels(*where)) for reader, (layer, where) in wanted.items()}
     own = {reader for reader in plan.sums if reader not in wanted}
     assert not own & {"fc", "c", "last", "2"}
 
