@@ -50,7 +50,7 @@ def forget_neighbours(layer: nn.Module) -> None:
 
 
 def _neighbours(layer: nn.Module) -> Neighbours:
-    return vars(layer).get(NEIGHBOURS) or Neighbours()
+    return Neighbours(*vars(layer).get(NEIGHBOURS, ()))
 
 
 def norm_behind(layer: Any) -> nn.Module | None:
@@ -130,9 +130,9 @@ def tell_readers(layer: Any, scale: Tensor | None) -> None:
     # Channels of convolutions come before the dims of the kernel.
     channels = Channels(-1 - len(getattr(layer, "kernel_size", ())))
     readers = _neighbours(layer).readers if own is None else ((own, channels),)
-    if not readers or scale is None or is_lowering():
-        return
     norm = norm_behind(layer)
+    if not readers or scale is None or is_lowering() or (norm is not None and norm.training):
+        return
     step = _step(input_scale(layer), scale, None if norm is None else folded_norm(norm)[0])
     for reader, where in readers:
         if step is not None and isinstance(reader, ActivationQuantizer):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantization asks of a recorded forward: who makes a tensor, who reads it, and what leaves its grid alone."""
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable
 from typing import Any
@@ -87,13 +88,13 @@ class Dataflow:
         return operator_of(node) in _CLAMPS
 
     def bounds(self, node: fx.Node) -> tuple[float | None, float | None]:
-        """The two ends of a clamp, as far as they are numbers."""
+        """The two ends of a clamp. What was computed is NaN."""
         name = operator_of(node)
         if name in ("relu", "relu6"):
             return 0.0, 6.0 if name == "relu6" else None
         given: dict[str, Any] = {"min": None, "max": None} if name != "hardtanh" else {"min_val": -1.0, "max_val": 1.0}
         given |= dict(zip(given, node.args[1:], strict=False)) | node.kwargs
-        low, high = (float(end) if isinstance(end, int | float) else None for end in given.values())
+        low, high = (math.nan if isinstance(end, fx.Node) else end for end in given.values())
         return low, high
 
     def is_move(self, node: fx.Node) -> bool:

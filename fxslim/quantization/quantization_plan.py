@@ -144,8 +144,7 @@ class QuantizationPlan(Plan):
             norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
             sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
             sums={
-                str(reader): (str(layer), Channels(*map(int, where[:3]), *where[3:]))
-                for reader, (layer, *where) in data.get("sums", {}).items()
+                str(reader): (str(layer), Channels(*where)) for reader, (layer, *where) in data.get("sums", {}).items()
             },
             freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
             notes=tuple(map(str, data["notes"])),

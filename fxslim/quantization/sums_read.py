@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose sums a quantizer puts on its grid: those of a layer before it, with nothing between but what kernels fuse."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ def _read(
     if between != ([norms[layer]] if layer in norms else []):
         return None
     channels = _channels(node, moves[::-1])
-    if channels is None:
+    if channels is None or any(end is not None and math.isnan(end) for ends in clamps for end in ends):
         return None
     low = max((low for low, _ in clamps if low), default=None)
     high = min((high for _, high in clamps if high), default=None)
@@ -75,11 +76,11 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
         if name == "getitem":
             # Of a norm's results the first.
             labels = labels[cast(int, node.args[1])] if isinstance(labels, tuple | list) else labels
-        elif len(node.all_input_nodes) > 1:
+        elif len(node.all_input_nodes) > 1 or name == "as_strided":
             return None
         elif name != "dropout":
             try:
-                labels = target(labels, *node.args[1:], **node.kwargs)
+                labels = target(labels.contiguous(), *node.args[1:], **node.kwargs)
             except (TypeError, RuntimeError):
                 # Arguments of which a recording only tells the names.
                 return None
@@ -88,10 +89,13 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
 
 def _along_one_dim(labels: Tensor) -> Channels | None:
     """The dim along which labels rise one by one; None where they lie another way."""
+    if bool((labels == labels.reshape(-1)[:1]).all()):
+        return Channels(-1, int(labels.reshape(-1)[0]), 1)
     for dim in range(-1, -labels.dim() - 1, -1):
         row = labels[tuple(slice(None) if place == labels.dim() + dim else 0 for place in range(labels.dim()))]
         if torch.equal(row.reshape(-1, *[1] * (-dim - 1)).expand_as(labels), labels):
             first, repeat = int(row[0]), int((row == row[0]).sum())
             rising = first + torch.arange(len(row)).div(repeat, rounding_mode="floor")
-            return Channels(dim, first, repeat) if torch.equal(row, rising.to(row.dtype)) else None
+            found = Channels(dim, first, len(row) // repeat, repeat)
+            return found if torch.equal(row, rising.to(row.dtype)) else None
     return None

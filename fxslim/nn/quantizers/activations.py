@@ -41,6 +41,8 @@ class ActivationQuantizer(Phased):
 
     scale: Tensor
     zero_point: Tensor
+    # What a layer says of the sums that come next.
+    _sums: tuple[Tensor, Channels] | None = None
 
     def __init__(self, config: ActivationQuant, start_step: int = 0) -> None:
         super().__init__()
@@ -50,7 +52,6 @@ class ActivationQuantizer(Phased):
         self.make_states()
         self._collecting = self._just_passed = False
         self._method: Any = None
-        self._sums: tuple[Tensor, Channels] | None = None
         self.batches_collected = 0
         if config.clip_min is not None and config.clip_max is not None:
             self.set_range(torch.tensor(float(config.clip_min)), torch.tensor(float(config.clip_max)))
@@ -104,7 +105,7 @@ class ActivationQuantizer(Phased):
         if not enabled or not x.is_floating_point():
             return x
         if seen >= self.batches_needed and not self._is_repeated():
-            return self.on_grid(x if self._sums is None else self._taken_as_sums(x))
+            return self.on_grid(self._taken_as_sums(x))
         if self.training and observing and not x.is_meta:
             self._calibrate(x, seen)
         return self._passed(x)
@@ -118,13 +119,15 @@ class ActivationQuantizer(Phased):
         self._sums = None
 
     def _taken_as_sums(self, x: Tensor) -> Tensor:
-        assert self._sums is not None
-        step, channels = self._sums
+        # Read once: another thread may forget them.
+        sums = self._sums
+        if sums is None:
+            return x
         self.forget_sums()
         config = self.config
         if self.training or config.format != "int" or config.bits > _KERNEL_BITS:
             return x
-        return as_integer_kernels(x, step, channels, self.grid()[0])
+        return as_integer_kernels(x, *sums, self.grid()[0])
 
     def _lowered(self, x: Tensor) -> Tensor:
         with without_modes(), telling():

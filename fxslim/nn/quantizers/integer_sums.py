@@ -3,7 +3,7 @@
 
 Such a kernel has a whole number of steps (the scale of the input times that of the weight), multiplies it by one factor
 and rounds. A float layer's result is the same number but for its last places, which put some values on the other side
-of a middle. Recovering the whole number first leaves nothing to chance.
+of a middle. Recovering the whole number first leaves nothing to chance, up to the 2^24 steps that float32 tells apart.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,15 @@ _FINEST = 2.0**-30
 
 
 class Channels(NamedTuple):
-    """Where a layer's output channels are in a tensor: along ``dim`` from ``first`` on, each ``repeat`` times.
+    """Where a layer's output channels are in a tensor: ``num`` from ``first`` on along ``dim``, each ``repeat`` times.
 
-    ``low``, ``high``: what a clamp cut off the sums to, where that is no 0: it need not be a whole number of steps.
+    Without ``num``, all. ``low``, ``high``: what a clamp cut off the sums to, where that is no 0: it need not be a
+    whole number of steps.
     """
 
     dim: int
     first: int = 0
+    num: int | None = None
     repeat: int = 1
     low: float | None = None
     high: float | None = None
@@ -56,13 +58,11 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
 
 def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:
     """The steps in the shape of x; None where they are those of another tensor."""
+    dim, first, num, repeat = channels[:4]
+    if step.numel() != 1 and num is not None:
+        step = step[first : first + num]
     if step.numel() == 1:
         return step.reshape(())
-    dim, first, repeat = channels[:3]
-    if x.dim() < -dim:
+    if x.dim() < -dim or step.numel() * repeat != x.shape[dim]:
         return None
-    if repeat != 1 or first or step.numel() != x.shape[dim]:
-        step = step[first : first + x.shape[dim] // repeat].repeat_interleave(repeat)
-        if step.numel() != x.shape[dim]:
-            return None
-    return step.reshape(-1, *[1] * (-dim - 1))
+    return step.repeat_interleave(repeat).reshape(-1, *[1] * (-dim - 1))

@@ -42,8 +42,10 @@ def test_channels_that_were_moved() -> None:
     step, scale = torch.tensor([0.25, 0.5, 2.0, 4.0]), torch.tensor([1.0])
     x = torch.full((2, 4), 2.6)
     # Of channels 1 and 2 two places each: 2.6 is 5 halves, so 2, and one step of 2.
-    assert as_integer_kernels(x, step, Channels(-1, 1, 2), scale).tolist() == [[2.0, 2.0, 2.0, 2.0]] * 2
-    assert as_integer_kernels(x + 0.5, step, Channels(-1, 1, 2), scale).tolist() == [[3.0, 3.0, 4.0, 4.0]] * 2
+    assert as_integer_kernels(x, step, Channels(-1, 1, 2, 2), scale).tolist() == [[2.0, 2.0, 2.0, 2.0]] * 2
+    assert as_integer_kernels(x + 0.5, step, Channels(-1, 1, 2, 2), scale).tolist() == [[3.0, 3.0, 4.0, 4.0]] * 2
+    # One of them is anywhere.
+    assert as_integer_kernels(x[:, :3] + 0.5, step, Channels(-1, 3, 1), scale).tolist() == [[4.0] * 3] * 2
 
 
 def test_ends_of_clamps_stay() -> None:
@@ -56,7 +58,7 @@ def test_ends_of_clamps_stay() -> None:
 
 def test_what_is_no_sum_of_the_layer_passes() -> None:
     step, scale = torch.ones(4), torch.tensor([1.0])
-    for x in (torch.rand(2, 5), torch.rand(9), torch.rand(2, 4).half(), torch.rand(2, 4).bfloat16()):
+    for x in (torch.rand(2, 3), torch.rand(9), torch.rand(2, 4).half(), torch.rand(2, 4).bfloat16()):
         assert as_integer_kernels(x, step, Channels(-1), scale) is x
     assert as_integer_kernels(torch.rand(4), step, Channels(-3), scale).shape == (4,)
 
@@ -137,25 +139,50 @@ class Clamped(nn.Module):
         return self.fc(self.up(x).clamp(max=0.75).clamp_(min=-0.5))
 
 
+class Picked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(1, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.conv(x)[:, 3:4])
+
+
+class ComputedEnds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.fc = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.up(x).clamp(x.min(), x.max()))
+
+
 IMAGE, ROWS = (2, 3, 8, 8), (2, 8)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    "pooled": (Pooled, IMAGE, {"fc": ("conv", (-1, 0, 9))}),
-    "patches": (Patches, IMAGE, {"fc": ("conv", (-1, 0, 1))}),
+    "pooled": (Pooled, IMAGE, {"fc": ("conv", (-1, 0, 4, 9))}),
+    "patches": (Patches, IMAGE, {"fc": ("conv", (-1, 0, 4))}),
     "joined": (Joined, IMAGE, {}),
     "two norms": (TwoNorms, IMAGE, {}),
-    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1))}),
+    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 6))}),
     "up to 6": (
-        lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 1, None, 6.0))},
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS,
+        {"2": ("0", (-1, 0, 6, 1, None, 6.0))},
     ),
     "two ends": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(), nn.Hardtanh(-3, 0.5), nn.Linear(6, 3)), ROWS,
-        {"3": ("0", (-1, 0, 1, -1.0, 0.5))},
+        {"3": ("0", (-1, 0, 6, 1, -1.0, 0.5))},
     ),
-    "clamped": (Clamped, ROWS, {"fc": ("up", (-1, 0, 1, -0.5, 0.75))}),
+    "flattened": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)), IMAGE,
+        {"3": ("0", (-1, 0, 4, 36))},
+    ),
+    "one channel": (Picked, IMAGE, {"last": ("conv", (-1, 3, 1))}),
+    "computed ends": (ComputedEnds, ROWS, {}),
+    "clamped": (Clamped, ROWS, {"fc": ("up", (-1, 0, 6, 1, -0.5, 0.75))}),
     "another activation": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), ROWS, {}),
     "video": (
         lambda: nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 4, 1)),
-        (2, 3, 4, 4, 4), {"2": ("0", (-4, 0, 1))},
+        (2, 3, 4, 4, 4), {"2": ("0", (-4, 0, 4))},
     ),
 }  # fmt: skip
 
@@ -167,7 +194,7 @@ def test_whose_sums_are_read(name: str) -> None:
     sums = {reader: (layer, where) for reader, (layer, where) in plan.sums.items() if reader in wanted}
     assert sums == {reader: (layer, Channels(*where)) for reader, (layer, where) in wanted.items()}
     own = {reader for reader in plan.sums if reader not in wanted}
-    assert not own & {"fc", "c", "last", "2"}
+    assert not own & {"fc", "c", "last", "2", "3"}
 
 
 def test_parts_of_a_sum_know_their_channels() -> None:
@@ -198,6 +225,29 @@ def test_a_saved_plan_knows_the_readers(name: str) -> None:
     make, shape, _ = CASES[name]
     plan = fxslim.plan_quantization(make().eval(), "int8", example_inputs=torch.randn(shape))
     assert type(plan).from_dict(json.loads(json.dumps(plan.to_dict()))).sums == plan.sums
+
+
+def test_other_sizes_than_the_examples() -> None:
+    """One channel has one step, wherever it is in a larger image."""
+    torch.manual_seed(0)
+    net, x = Picked(), torch.randn(IMAGE)
+    with torch.no_grad():
+        net.conv.weight[4].mul_(3000)
+    model = fxslim.quantize(net.eval(), "int8", data=[x], example_inputs=x)
+    larger = torch.cat([x, x], -1)
+    torch.testing.assert_close(model(larger), torch.cat([model(x), model(x)], -1))
+
+
+def test_a_norm_in_training_mode_says_nothing_of_the_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    model = fxslim.quantize(Pooled().eval(), "int8", data=[x], example_inputs=x)
+    model.conv(x)
+    assert model.fc.input_quantizer._sums is not None
+    model.fc.input_quantizer.forget_sums()
+    model.norm.train()
+    model.conv(x)
+    assert model.fc.input_quantizer._sums is None
 
 
 def test_training_adds_in_float() -> None:
