@@ -165,14 +165,14 @@ def rows(net: str, shape: tuple[int, ...], rounds: int) -> list[str]:
     return lines
 
 
-def saturation_note() -> list[str]:
-    """What this processor does to integer products."""
+def saturation_note(here: str = "L2 here", exact: str = "L2 exact") -> list[str]:
+    """What this processor does to integer products; in these columns."""
     if has_exact_products():
-        return ["This processor sums integer products in 32 bits (VNNI): `L2 here` is what any such processor gives."]
+        return [f"This processor sums integer products in 32 bits (VNNI): `{here}` is what any such processor gives."]
     return [
         "**This processor has no VNNI**: ONNX Runtime's kernels sum two products of uint8 and int8 in 16 bits, which",
-        "saturates; that is what `L2 here` shows beside `L2 exact`, for both quantizers, and integer files gain less",
-        "over float than on processors with VNNI.",
+        f"saturates; that is what `{here}` shows beside `{exact}`, and integer files gain less over float than on",
+        "processors with VNNI.",
     ]
 
 

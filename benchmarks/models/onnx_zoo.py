@@ -131,7 +131,7 @@ def write(path: Path, lines: dict[str, str]) -> None:
         "more of them from layer to layer. The model in eval mode rounds sums of products as integer kernels do; left",
         "are sums of two tensors, which ONNX Runtime adds by factors that are rounded to float32, and operators in",
         "float between two grids. `quantized`: relative L2 of the quantized torch model to the float one.", "",
-        *saturation_note(), "",
+        *saturation_note("here", "relative"), "",
         "`left in float`: of Conv, Gemm, MatMul, Add and BatchNormalization, after ONNX Runtime's own optimizations;",
         "`integer`: operators in integers; `size`: of the file over the float model's parameters and buffers;",
         "`relative`: of the optimized file, with exact products; `here`: on this processor; `one by one`: operators in",
