@@ -52,6 +52,7 @@ class ActivationQuantizer(Phased):
         self.make_states()
         self._collecting = self._just_passed = False
         self._method: Any = None
+        self.forget_sums()
         self.batches_collected = 0
         if config.clip_min is not None and config.clip_max is not None:
             self.set_range(torch.tensor(float(config.clip_min)), torch.tensor(float(config.clip_max)))
