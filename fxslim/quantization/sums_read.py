@@ -89,6 +89,8 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
 
 def _along_one_dim(labels: Tensor) -> Channels | None:
     """The dim along which labels rise one by one; None where they lie another way."""
+    if not labels.numel():
+        return None
     if bool((labels == labels.reshape(-1)[:1]).all()):
         return Channels(-1, int(labels.reshape(-1)[0]), 1)
     for dim in range(-1, -labels.dim() - 1, -1):

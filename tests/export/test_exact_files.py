@@ -45,15 +45,19 @@ def randomised(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
+def check(model: nn.Module, x: Tensor, folder: Path) -> None:
+    found = export_onnx(model, x, folder / "m.onnx")
+    assert found is not None
+    assert found.relative < LAST_PLACES
+
+
 @pytest.mark.parametrize("config", ["int8", "w4a8"])
 @pytest.mark.parametrize("name", ["plain", "depthwise", "groups"])
 def test_no_value_differs(name: str, config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32)
     model = fxslim.quantize(randomised(network(name), x), config, data=[x], example_inputs=x)
-    found = export_onnx(model, x, tmp_path / "m.onnx")
-    assert found is not None
-    assert found.relative < LAST_PLACES
+    check(model, x, tmp_path)
 
 
 def test_a_deep_network(tmp_path: Path) -> None:
@@ -62,9 +66,7 @@ def test_a_deep_network(tmp_path: Path) -> None:
     stages = [stage for _ in range(12) for stage in _stage(48, 1, nn.ReLU())]
     deep = nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU(), *stages, nn.Conv2d(48, 4, 1))
     model = fxslim.quantize(randomised(deep, x), data=[x], example_inputs=x)
-    found = export_onnx(model, x, tmp_path / "m.onnx")
-    assert found is not None
-    assert found.relative < LAST_PLACES
+    check(model, x, tmp_path)
 
 
 def test_trained_on_its_grids(tmp_path: Path) -> None:
@@ -77,6 +79,4 @@ def test_trained_on_its_grids(tmp_path: Path) -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    found = export_onnx(model.eval(), x, tmp_path / "m.onnx")
-    assert found is not None
-    assert found.relative < LAST_PLACES
+    check(model.eval(), x, tmp_path)
