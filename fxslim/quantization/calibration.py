@@ -18,6 +18,7 @@ from fxslim.nn import ActivationQuant, as_quant_config
 from fxslim.nn.quant_config import CALIBRATIONS
 from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer, each_activation_quantizer
 from fxslim.progress import track
+from fxslim.quantization.clear_grids import clear_grids
 from fxslim.quantization.planning import plan_quantization
 from fxslim.quantization.quantization_plan import QuantizationPlan
 
@@ -109,6 +110,7 @@ def _calibrated(model: nn.Module, plan: QuantizationPlan, data: Data, changes: C
                     data.forward(model, batch)
                 except CalibrationError as error:
                     raise CalibrationError(f"batch {number} of data: {error}") from error
+        clear_grids(model, plan.inputs)
     finally:
         for module, mode in was_training.items():
             module.training = mode

@@ -26,6 +26,7 @@ from fxslim.quantization.quantized_models import (
     quantize_layers,
     quantize_outputs,
 )
+from fxslim.quantization.sums_read import Sums
 from fxslim.quantization.targets import as_target
 from fxslim.quantization.trial import try_quantized
 
@@ -66,7 +67,7 @@ class QuantizationPlan(Plan):
     norms: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     # Whose sums the input quantizer of a layer, or the output quantizer of a module, reads, and where the channels are.
-    sums: Mapping[str, tuple[str, Channels]] = field(default_factory=dict)
+    sums: Mapping[str, Sums] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     # A forward on them must succeed before anything is final. Not saved.
     inputs: tuple[Inputs, ...] = ()
@@ -95,7 +96,10 @@ class QuantizationPlan(Plan):
                 for pairs in (self.folds, self.norms, self.sources)
             )
             fold_norms(model, folds, self.freeze_after, changes)
-            sums = {module_in(model, k): (module_in(model, v), where) for k, (v, where) in self.sums.items()}
+            sums = {
+                module_in(model, reader): tuple((module_in(model, layer), where) for layer, where in given)
+                for reader, given in self.sums.items()
+            }
             introduce_neighbours(model, norms, sources, sums)
             if values:
                 try_quantized(model, self.inputs)
@@ -114,7 +118,7 @@ class QuantizationPlan(Plan):
             "folds": dict(self.folds),
             "norms": dict(self.norms),
             "sources": dict(self.sources),
-            "sums": {reader: [layer, *channels] for reader, (layer, channels) in self.sums.items()},
+            "sums": {reader: [[layer, *where] for layer, where in given] for reader, given in self.sums.items()},
             "freeze_after": self.freeze_after,
             "notes": list(self.notes),
         }
@@ -144,7 +148,8 @@ class QuantizationPlan(Plan):
             norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
             sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
             sums={
-                str(reader): (str(layer), Channels(*where)) for reader, (layer, *where) in data.get("sums", {}).items()
+                str(reader): tuple((str(layer), Channels(*where)) for layer, *where in given)
+                for reader, given in data.get("sums", {}).items()
             },
             freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),
             notes=tuple(map(str, data["notes"])),

@@ -16,8 +16,8 @@ from fxslim.nn.handed_over_quantized import quantize_inputs_within
 from fxslim.nn.norm_folding import freeze_later
 from fxslim.nn.placed_quantizers import OUTPUT_QUANTIZER, place_output_quantizer
 from fxslim.nn.quantizers import Phased
-from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.quantization.quantizable_layers import COUNTERPARTS
+from fxslim.quantization.sums_read import Sums
 
 
 def quantize_layers(model: nn.Module, plans: Iterable[Any], changes: Changes) -> None:
@@ -75,14 +75,14 @@ def introduce_neighbours(
     model: nn.Module,
     norms: Mapping[str, str],
     sources: Mapping[str, str],
-    sums: Mapping[str, tuple[str, Channels]],
+    sums: Mapping[str, Sums],
 ) -> None:
     """Layers get to know the norms behind them, the quantizer that their input comes from, and who reads their sums."""
     readers: dict[str, list[Any]] = {}
-    for reader, (name, channels) in sums.items():
+    for reader, given in sums.items():
         module = model.get_submodule(reader)
         quantizer = module._modules.get("input_quantizer" if isinstance(module, QuantizedLayer) else OUTPUT_QUANTIZER)
-        if quantizer is not None:
+        for name, channels in given if quantizer is not None else ():
             readers.setdefault(name, []).append((quantizer, channels))
     for name in dict.fromkeys((*norms, *sources, *readers)):
         layer = model.get_submodule(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose sums a quantizer puts on its grid: those of a layer before it, with nothing between but what kernels fuse."""
+"""Whose sums a quantizer puts on its grid: those of layers before it, with nothing between but what kernels fuse."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,6 +11,9 @@ from torch import Tensor, fx
 from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.quantization.dataflow import Dataflow, operator_of
 
+# The layers, and where the channels of each are.
+Sums = tuple[tuple[str, Channels], ...]
+
 
 def find_sums(
     flow: Dataflow,
@@ -18,8 +21,8 @@ def find_sums(
     norms: Mapping[str, str],
     inputs: Collection[str],
     outputs: Collection[str],
-) -> dict[str, tuple[str, Channels]]:
-    """{reader: the layer and where its channels are}; readers: ``inputs`` of layers, and ``outputs`` of modules.
+) -> dict[str, Sums]:
+    """{reader: the sums}; readers: ``inputs`` of layers, and ``outputs`` of modules.
 
     ``norms``: {layer: the batch norm that becomes part of it}.
     """
@@ -35,12 +38,10 @@ def find_sums(
             found[call.name] = _read(flow, call.outputs[0], made, norms)
         elif call.name in inputs and call.inputs:
             found[call.name] = _read(flow, call.inputs[0], made, norms)
-    return {reader: sums for reader, sums in found.items() if sums is not None}
+    return {reader: sums for reader, sums in found.items() if sums}
 
 
-def _read(
-    flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]
-) -> tuple[str, Channels] | None:
+def _read(flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]) -> Sums:
     """Through moves, clamps, and the norm that becomes part of the layer."""
     moves, between, clamps = [], [], []
     while node not in made:
@@ -50,20 +51,46 @@ def _read(
             moves.append(node)
         elif flow.is_clamp(node):
             clamps.append(flow.bounds(node))
+        elif operator_of(node) == "cat" and not moves and not between:
+            return _clamped(_joined(flow, node, made, norms), clamps)
         else:
-            return None
+            return ()
         if not node.args or not isinstance(node.args[0], fx.Node):
-            return None
+            return ()
         node = node.args[0]
     layer = made[node]
     if between != ([norms[layer]] if layer in norms else []):
-        return None
+        return ()
     channels = _channels(node, moves[::-1])
-    if channels is None or any(end is not None and math.isnan(end) for ends in clamps for end in ends):
-        return None
-    low = max((low for low, _ in clamps if low), default=None)
-    high = min((high for _, high in clamps if high), default=None)
-    return layer, channels._replace(low=low, high=high)
+    return () if channels is None else _clamped(((layer, channels),), clamps)
+
+
+def _clamped(sums: Sums, clamps: list[tuple[float | None, float | None]]) -> Sums:
+    """Cut off at these ends; those that were computed are not known."""
+    if any(end is not None and math.isnan(end) for ends in clamps for end in ends):
+        return ()
+    made = []
+    for layer, channels in sums:
+        lows, highs = zip((channels.low, channels.high), *clamps, strict=True)
+        low, high = max(filter(None, lows), default=None), min(filter(None, highs), default=None)
+        made.append((layer, channels._replace(low=low, high=high)))
+    return tuple(made)
+
+
+def _joined(flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]) -> Sums:
+    """Of the parts that are sums of a layer, joined along its channels."""
+    parts = cast(list[fx.Node], node.args[0])
+    dims = len(node.meta["shape"])
+    dim = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dims - dims
+    found, start = [], 0
+    for part in parts:
+        sums = _read(flow, part, made, norms)
+        length = part.meta["shape"][dim]
+        for layer, channels in sums if len(sums) == 1 else ():
+            if channels.dim == dim and (channels.num or 0) * channels.repeat == length and channels.start is None:
+                found.append((layer, channels._replace(start=start)))
+        start += length
+    return tuple(found)
 
 
 def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:

@@ -41,8 +41,8 @@ class ActivationQuantizer(Phased):
 
     scale: Tensor
     zero_point: Tensor
-    # What a layer says of the sums that come next.
-    _sums: tuple[Tensor, Channels] | None = None
+    # What layers say of the sums that come next: where they are, and their steps.
+    _sums: dict[Channels, Tensor]
 
     def __init__(self, config: ActivationQuant, start_step: int = 0) -> None:
         super().__init__()
@@ -112,23 +112,25 @@ class ActivationQuantizer(Phased):
         return self._passed(x)
 
     def expect_sums(self, step: Tensor, channels: Channels) -> None:
-        """What comes next in eval mode is a layer's integer sums, whole numbers of ``step``."""
-        self._sums = step, channels
+        """What comes next in eval mode is a layer's integer sums there, whole numbers of ``step``."""
+        self._sums = self._sums | {channels: step}
 
     def forget_sums(self) -> None:
         """What comes next is any tensor."""
-        self._sums = None
+        self._sums = {}
 
     def _taken_as_sums(self, x: Tensor) -> Tensor:
         # Read once: another thread may forget them.
         sums = self._sums
-        if sums is None:
+        if not sums:
             return x
         self.forget_sums()
         config = self.config
         if self.training or config.format != "int" or config.bits > _KERNEL_BITS:
             return x
-        return as_integer_kernels(x, *sums, self.grid()[0])
+        for channels, step in sums.items():
+            x = as_integer_kernels(x, step, channels, self.grid()[0])
+        return x
 
     def _lowered(self, x: Tensor) -> Tensor:
         with without_modes(), telling():

@@ -21,7 +21,7 @@ class Channels(NamedTuple):
     """Where a layer's output channels are in a tensor: ``num`` from ``first`` on along ``dim``, each ``repeat`` times.
 
     Without ``num``, all. ``low``, ``high``: what a clamp cut off the sums to, where that is no 0: it need not be a
-    whole number of steps.
+    whole number of steps. ``start``: where along ``dim`` they begin, in what is joined from several layers' sums.
     """
 
     dim: int
@@ -30,6 +30,7 @@ class Channels(NamedTuple):
     repeat: int = 1
     low: float | None = None
     high: float | None = None
+    start: int | None = None
 
 
 def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
@@ -41,6 +42,8 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
     """
     if x.dtype not in (torch.float32, torch.float64):
         return x
+    if channels.start is not None:
+        return _in_part(x, step, channels, scale)
     known = _along(x, step, channels)
     if known is None:
         return x
@@ -54,6 +57,19 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
         if channels.low is not None:
             value = torch.where(x <= channels.low, x, value)
     return straight_through(value, x) if torch.is_grad_enabled() and x.requires_grad else value
+
+
+def _in_part(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
+    """As above for some places of x, in which nothing else changes."""
+    assert channels.start is not None
+    assert channels.num is not None
+    start, length = channels.start, channels.num * channels.repeat
+    if x.dim() < -channels.dim or x.shape[channels.dim] < start + length:
+        return x
+    before, part, behind = x.tensor_split((start, start + length), channels.dim)
+    return torch.cat(
+        [before, as_integer_kernels(part, step, channels._replace(start=None), scale), behind], channels.dim
+    )
 
 
 def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:

@@ -56,6 +56,16 @@ def test_ends_of_clamps_stay() -> None:
     assert cut == [6.0, 5.0, -6.0, -5.0]
 
 
+def test_sums_of_two_layers_side_by_side() -> None:
+    x, scale = torch.tensor([[2.6, 3.1, 2.6, 3.1, 2.6]]), torch.tensor([1.0])
+    first, last = Channels(-1, 0, 2, start=0), Channels(-1, 1, 1, start=4)
+    one = as_integer_kernels(x, torch.tensor([0.25, 0.5]), first, scale)
+    both = as_integer_kernels(one, torch.tensor([9.0, 2.0]), last, scale)
+    assert torch.equal(both, torch.tensor([[2.0, 3.0, 2.6, 3.1, 2.0]]))
+    # In a tensor of another size they are not.
+    assert as_integer_kernels(x, torch.ones(3), last._replace(start=5), scale) is x
+
+
 def test_what_is_no_sum_of_the_layer_passes() -> None:
     step, scale = torch.ones(4), torch.tensor([1.0])
     for x in (torch.rand(2, 3), torch.rand(9), torch.rand(2, 4).half(), torch.rand(2, 4).bfloat16()):
@@ -120,6 +130,19 @@ class Joined(nn.Module):
         return self.c(torch.cat([self.a(x), self.b(x)], 1).roll(1, 1))
 
 
+class Parts(nn.Module):
+    """The second part is no layer's, and the last one is joined along another dim than its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(11, 4, 1)
+        self.d = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.d(x).transpose(1, 2)[:, :2]
+        return self.c(torch.cat([self.a(x), x, self.b(x).clamp(max=5.0), last], -3).relu().clamp_(max=6.0))
+
+
 class TwoNorms(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -159,30 +182,33 @@ class ComputedEnds(nn.Module):
 
 IMAGE, ROWS = (2, 3, 8, 8), (2, 8)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    "pooled": (Pooled, IMAGE, {"fc": ("conv", (-1, 0, 4, 9))}),
-    "patches": (Patches, IMAGE, {"fc": ("conv", (-1, 0, 4))}),
+    "pooled": (Pooled, IMAGE, {"fc": [("conv", (-1, 0, 4, 9))]}),
+    "patches": (Patches, IMAGE, {"fc": [("conv", (-1, 0, 4))]}),
     "joined": (Joined, IMAGE, {}),
+    "joined, then cut off": (
+        Parts, IMAGE, {"c": [("a", (-3, 0, 4, 1, None, 6.0, 0)), ("b", (-3, 0, 2, 1, None, 5.0, 7))]},
+    ),
     "two norms": (TwoNorms, IMAGE, {}),
-    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": ("0", (-1, 0, 6))}),
+    "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": [("0", (-1, 0, 6))]}),
     "up to 6": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU6(), nn.Linear(6, 3)), ROWS,
-        {"2": ("0", (-1, 0, 6, 1, None, 6.0))},
+        {"2": [("0", (-1, 0, 6, 1, None, 6.0))]},
     ),
     "two ends": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(), nn.Hardtanh(-3, 0.5), nn.Linear(6, 3)), ROWS,
-        {"3": ("0", (-1, 0, 6, 1, -1.0, 0.5))},
+        {"3": [("0", (-1, 0, 6, 1, -1.0, 0.5))]},
     ),
     "flattened": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)), IMAGE,
-        {"3": ("0", (-1, 0, 4, 36))},
+        {"3": [("0", (-1, 0, 4, 36))]},
     ),
-    "one channel": (Picked, IMAGE, {"last": ("conv", (-1, 3, 1))}),
+    "one channel": (Picked, IMAGE, {"last": [("conv", (-1, 3, 1))]}),
     "computed ends": (ComputedEnds, ROWS, {}),
-    "clamped": (Clamped, ROWS, {"fc": ("up", (-1, 0, 6, 1, -0.5, 0.75))}),
+    "clamped": (Clamped, ROWS, {"fc": [("up", (-1, 0, 6, 1, -0.5, 0.75))]}),
     "another activation": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), ROWS, {}),
     "video": (
         lambda: nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 4, 1)),
-        (2, 3, 4, 4, 4), {"2": ("0", (-4, 0, 4))},
+        (2, 3, 4, 4, 4), {"2": [("0", (-4, 0, 4))]},
     ),
 }  # fmt: skip
 
@@ -191,8 +217,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
 def test_whose_sums_are_read(name: str) -> None:
     make, shape, wanted = CASES[name]
     plan = fxslim.plan_quantization(make().eval(), "int8", example_inputs=torch.randn(shape))
-    sums = {reader: (layer, where) for reader, (layer, where) in plan.sums.items() if reader in wanted}
-    assert sums == {reader: (layer, Channels(*where)) for reader, (layer, where) in wanted.items()}
+    sums = {reader: given for reader, given in plan.sums.items() if reader in wanted}
+    assert sums == {reader: tuple((layer, Channels(*at)) for layer, at in parts) for reader, parts in wanted.items()}
     own = {reader for reader in plan.sums if reader not in wanted}
     assert not own & {"fc", "c", "last", "2", "3"}
 
@@ -213,7 +239,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     model = fxslim.quantize(make().eval(), "int8", data=[x], example_inputs=x)
     first = model(x)
     quantizers = [m for m in model.modules() if isinstance(m, fxslim.nn.quantizers.ActivationQuantizer)]
-    assert all(quantizer._sums is None for quantizer in quantizers)
+    assert not any(quantizer._sums for quantizer in quantizers)
     assert torch.equal(model(x), first)
     for quantizer in quantizers:
         quantizer.register_forward_pre_hook(lambda quantizer, args: quantizer.forget_sums())
@@ -243,11 +269,11 @@ def test_a_norm_in_training_mode_says_nothing_of_the_steps() -> None:
     x = torch.randn(IMAGE)
     model = fxslim.quantize(Pooled().eval(), "int8", data=[x], example_inputs=x)
     model.conv(x)
-    assert model.fc.input_quantizer._sums is not None
+    assert model.fc.input_quantizer._sums
     model.fc.input_quantizer.forget_sums()
     model.norm.train()
     model.conv(x)
-    assert model.fc.input_quantizer._sums is None
+    assert not model.fc.input_quantizer._sums
 
 
 def test_training_adds_in_float() -> None:
@@ -255,5 +281,5 @@ def test_training_adds_in_float() -> None:
     x = torch.randn(IMAGE)
     model = fxslim.quantize(Pooled().eval(), "int8", data=[x], example_inputs=x).train()
     model(x).sum().backward()
-    assert all(m._sums is None for m in model.modules() if isinstance(m, fxslim.nn.quantizers.ActivationQuantizer))
+    assert not any(m._sums for m in model.modules() if isinstance(m, fxslim.nn.quantizers.ActivationQuantizer))
     assert all(parameter.grad is not None for parameter in model.parameters())
