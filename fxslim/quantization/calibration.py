@@ -17,6 +17,7 @@ from fxslim.graph.surgery.changes import Changes, all_or_nothing
 from fxslim.nn import ActivationQuant, as_quant_config
 from fxslim.nn.quant_config import CALIBRATIONS
 from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer, each_activation_quantizer
+from fxslim.plan.applied_plans import applied
 from fxslim.progress import track
 from fxslim.quantization.clear_grids import clear_grids
 from fxslim.quantization.planning import plan_quantization
@@ -54,6 +55,9 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
             quantizer.stop_collecting()
         for weight in weights:
             weight.is_passing = False
+    for plan in applied(without_compile_wrapper(model)):
+        if isinstance(plan, QuantizationPlan):
+            clear_grids(without_compile_wrapper(model), plan.inputs)
 
 
 def _check_batches(quantizers: Mapping[str, ActivationQuantizer]) -> None:
@@ -110,7 +114,6 @@ def _calibrated(model: nn.Module, plan: QuantizationPlan, data: Data, changes: C
                     data.forward(model, batch)
                 except CalibrationError as error:
                     raise CalibrationError(f"batch {number} of data: {error}") from error
-        clear_grids(model, plan.inputs)
     finally:
         for module, mode in was_training.items():
             module.training = mode

@@ -6,12 +6,14 @@ order, and what lies nearly halfway between two steps comes out on either side. 
 ten-thousandth leaves nothing there, so that all runtimes agree, to the last integer.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import nn
 
+from fxslim.errors import TraceError
 from fxslim.graph.inputs import Inputs
 from fxslim.graph.recording import Recording, record
 from fxslim.nn.quantizers import ActivationQuantizer, each_activation_quantizer
@@ -27,12 +29,18 @@ _REACH = 5e-4
 
 
 def clear_grids(model: nn.Module, examples: Iterable[Inputs]) -> None:
-    """Change ranges that calibration found so that nothing these forwards compute from integers lies halfway."""
+    """Change ranges that calibration found so that nothing these forwards compute from integers lies halfway.
+
+    Where a forward is none of the model as it is now, ranges stay what calibration found.
+    """
     quantizers = each_activation_quantizer(model)
+    device = next((quantizer.scale.device for quantizer in quantizers.values()), None)
     done: set[str] = set()
     for inputs in examples:
         if inputs.have_values:
-            done |= _clear(record(model, inputs), quantizers, done)
+            with contextlib.suppress(TraceError):
+                recording = record(model, inputs.with_tensors(lambda value: value.to(device)))
+                done |= _clear(recording, quantizers, done)
 
 
 def _clear(recording: Recording, quantizers: dict[str, ActivationQuantizer], done: set[str]) -> set[str]:

@@ -166,6 +166,17 @@ def test_examples_without_values_change_nothing(monkeypatch: pytest.MonkeyPatch)
     assert not seen
 
 
+def test_a_model_that_became_another_one() -> None:
+    """It has changed since the example forward was planned with: ranges are what calibration finds."""
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    config = fxslim.nn.QuantConfig(activation=fxslim.nn.ActivationQuant(method="static"))
+    model = fxslim.prepare_qat(Net("sum").eval(), config, example_inputs=x, target="onnxruntime").double()
+    with fxslim.calibrating(model):
+        model(x.double())
+    assert model(x.double()).isfinite().all()
+
+
 def test_the_plan_is_what_it_was() -> None:
     torch.manual_seed(0)
     x = torch.randn(IMAGE)
