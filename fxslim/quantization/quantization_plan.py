@@ -148,7 +148,7 @@ class QuantizationPlan(Plan):
             norms={str(layer): str(norm) for layer, norm in data.get("norms", {}).items()},
             sources={str(layer): str(giver) for layer, giver in data.get("sources", {}).items()},
             sums={
-                str(reader): tuple((str(layer), Channels(*where)) for layer, *where in given)
+                str(reader): tuple((str(layer), Channels.from_list(where)) for layer, *where in given)
                 for reader, given in data.get("sums", {}).items()
             },
             freeze_after=None if data.get("freeze_after") is None else int(data["freeze_after"]),

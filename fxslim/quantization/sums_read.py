@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, fx
 
 from fxslim.nn.quantizers.integer_sums import Channels
 from fxslim.quantization.dataflow import Dataflow, operator_of
+
+# Plans hold no longer lists of channels.
+_LONGEST_ORDER = 8192
 
 # The layers, and where the channels of each are.
 Sums = tuple[tuple[str, Channels], ...]
@@ -21,48 +25,82 @@ def find_sums(
     norms: Mapping[str, str],
     inputs: Collection[str],
     outputs: Collection[str],
+    own: Collection[str],
 ) -> dict[str, Sums]:
     """{reader: the sums}; readers: ``inputs`` of layers, and ``outputs`` of modules.
 
-    ``norms``: {layer: the batch norm that becomes part of it}.
+    ``norms``: {layer: the batch norm that becomes part of it}; ``own``: layers whose own output is put on a grid.
     """
-    made = {}
+    made, on_grid = {}, set()
     for call in flow.recording.calls:
-        if call.name in layers and flow.calls_of[call.name] == 1 and call.outputs and flow.is_product(call.outputs[0]):
+        if flow.calls_of[call.name] != 1 or not call.outputs:
+            continue
+        if call.name in layers and flow.is_product(call.outputs[0]):
             made[flow.source(call.outputs[0])] = call.name
+        if call.name in outputs or call.name in own:
+            on_grid.add(call.outputs[0])
+    walk = _Walk(flow, made, norms, on_grid)
     found = {}
     for call in flow.recording.calls:
         if flow.calls_of[call.name] != 1:
             continue
         if call.name in outputs and len(call.outputs) == 1:
-            found[call.name] = _read(flow, call.outputs[0], made, norms)
+            found[call.name] = walk.back(call.outputs[0])
         elif call.name in inputs and call.inputs:
-            found[call.name] = _read(flow, call.inputs[0], made, norms)
+            found[call.name] = walk.to(call.inputs[0])
     return {reader: sums for reader, sums in found.items() if sums}
 
 
-def _read(flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]) -> Sums:
-    """Through moves, clamps, and the norm that becomes part of the layer."""
-    moves, between, clamps = [], [], []
-    while node not in made:
-        if flow.is_norm(node):
-            between.append(str(node.meta.get("module")))
-        elif flow.is_move(node) or operator_of(node) == "getitem":
-            moves.append(node)
-        elif flow.is_clamp(node):
-            clamps.append(flow.bounds(node))
-        elif operator_of(node) == "cat" and not moves and not between:
-            return _clamped(_joined(flow, node, made, norms), clamps)
-        else:
+@dataclass(frozen=True)
+class _Walk:
+    """From a tensor back to the layers whose sums it is."""
+
+    flow: Dataflow
+    made: Mapping[fx.Node, str]
+    norms: Mapping[str, str]
+    on_grid: Collection[fx.Node]
+
+    def to(self, node: fx.Node) -> Sums:
+        """Of a tensor that may be on a grid already."""
+        return () if node in self.on_grid else self.back(node)
+
+    def back(self, node: fx.Node) -> Sums:
+        """Through moves, clamps, and the norm that becomes part of the layer."""
+        moves, between, clamps = [], [], []
+        flow = self.flow
+        while node not in self.made:
+            if flow.is_norm(node):
+                between.append(str(node.meta.get("module")))
+            elif flow.is_move(node) or operator_of(node) == "getitem":
+                moves.append(node)
+            elif flow.is_clamp(node):
+                clamps.append(flow.bounds(node))
+            elif operator_of(node) == "cat" and not moves and not between:
+                return _clamped(self._joined(node), clamps)
+            else:
+                return ()
+            if not node.args or not isinstance(node.args[0], fx.Node) or node.args[0] in self.on_grid:
+                return ()
+            node = node.args[0]
+        layer = self.made[node]
+        if between != ([self.norms[layer]] if layer in self.norms else []):
             return ()
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            return ()
-        node = node.args[0]
-    layer = made[node]
-    if between != ([norms[layer]] if layer in norms else []):
-        return ()
-    channels = _channels(node, moves[::-1])
-    return () if channels is None else _clamped(((layer, channels),), clamps)
+        channels = _channels(node, moves[::-1])
+        return () if channels is None else _clamped(((layer, channels),), clamps)
+
+    def _joined(self, node: fx.Node) -> Sums:
+        """Of the parts that are sums of a layer, joined along its channels."""
+        dims = len(node.meta["shape"])
+        dim = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dims - dims
+        found, start = [], 0
+        for part in cast(list[fx.Node], node.args[0]):
+            sums = self.to(part)
+            length = part.meta["shape"][dim]
+            for layer, channels in sums if len(sums) == 1 else ():
+                if channels.dim == dim and channels.length == length and channels.start is None:
+                    found.append((layer, channels._replace(start=start)))
+            start += length
+        return tuple(found)
 
 
 def _clamped(sums: Sums, clamps: list[tuple[float | None, float | None]]) -> Sums:
@@ -75,22 +113,6 @@ def _clamped(sums: Sums, clamps: list[tuple[float | None, float | None]]) -> Sum
         low, high = max(filter(None, lows), default=None), min(filter(None, highs), default=None)
         made.append((layer, channels._replace(low=low, high=high)))
     return tuple(made)
-
-
-def _joined(flow: Dataflow, node: fx.Node, made: Mapping[fx.Node, str], norms: Mapping[str, str]) -> Sums:
-    """Of the parts that are sums of a layer, joined along its channels."""
-    parts = cast(list[fx.Node], node.args[0])
-    dims = len(node.meta["shape"])
-    dim = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dims - dims
-    found, start = [], 0
-    for part in parts:
-        sums = _read(flow, part, made, norms)
-        length = part.meta["shape"][dim]
-        for layer, channels in sums if len(sums) == 1 else ():
-            if channels.dim == dim and (channels.num or 0) * channels.repeat == length and channels.start is None:
-                found.append((layer, channels._replace(start=start)))
-        start += length
-    return tuple(found)
 
 
 def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
@@ -115,7 +137,7 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
 
 
 def _along_one_dim(labels: Tensor) -> Channels | None:
-    """The dim along which labels rise one by one; None where they lie another way."""
+    """The dim along which labels tell the channel; None where they lie another way."""
     if not labels.numel():
         return None
     if bool((labels == labels.reshape(-1)[:1]).all()):
@@ -125,6 +147,7 @@ def _along_one_dim(labels: Tensor) -> Channels | None:
         if torch.equal(row.reshape(-1, *[1] * (-dim - 1)).expand_as(labels), labels):
             first, repeat = int(row[0]), int((row == row[0]).sum())
             rising = first + torch.arange(len(row)).div(repeat, rounding_mode="floor")
-            found = Channels(dim, first, len(row) // repeat, repeat)
-            return found if torch.equal(row, rising.to(row.dtype)) else None
+            if torch.equal(row, rising.to(row.dtype)):
+                return Channels(dim, first, len(row) // repeat, repeat)
+            return Channels(dim, order=tuple(row.int().tolist())) if len(row) <= _LONGEST_ORDER else None
     return None

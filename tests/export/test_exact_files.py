@@ -19,6 +19,22 @@ def _stage(width: int, groups: int, activation: nn.Module) -> list[nn.Module]:
     return [nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(width), activation]
 
 
+class Residual(nn.Module):
+    """A sum with what came in, one layer's channels beside another's, and a gate for each channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*_stage(width, 1, nn.ReLU()), *_stage(width, 4, nn.ReLU6()))
+        self.halves = nn.ModuleList(nn.Sequential(*_stage(width, 1, nn.ReLU())[:2]) for _ in range(2))
+        self.squeezed = nn.Sequential(nn.Conv2d(width, 8, 1), nn.ReLU(), nn.Conv2d(8, width, 1), nn.Sigmoid())
+        self.last = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.inner(x) + x).relu()
+        x = x * self.squeezed(nn.functional.adaptive_avg_pool2d(x, 1))
+        return self.last(torch.cat([half(x) for half in self.halves], 1).relu()) + x
+
+
 def network(name: str) -> nn.Module:
     stem = [nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()]
     head = [nn.MaxPool2d(2), nn.Conv2d(24, 8, 3), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)]
@@ -26,6 +42,7 @@ def network(name: str) -> nn.Module:
     middle = {
         "plain": [*_stage(24, 1, nn.ReLU()), *_stage(24, 1, nn.ReLU())],
         "depthwise": [*_stage(24, 24, nn.ReLU6()), *pointwise, *_stage(24, 24, nn.ReLU6())],
+        "residual": [Residual(24), Residual(24), Residual(24)],
         "groups": [*_stage(24, 4, nn.ReLU()), nn.ChannelShuffle(4), *_stage(24, 3, nn.Hardtanh(-3.0, 4.0))],
     }[name]
     return nn.Sequential(*stem, *middle, *head)
@@ -52,7 +69,7 @@ def check(model: nn.Module, x: Tensor, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["int8", "w4a8"])
-@pytest.mark.parametrize("name", ["plain", "depthwise", "groups"])
+@pytest.mark.parametrize("name", ["plain", "depthwise", "groups", "residual"])
 def test_no_value_differs(name: str, config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32)

@@ -6,7 +6,7 @@ and rounds. A float layer's result is the same number but for its last places, w
 of a middle. Recovering the whole number first leaves nothing to chance, up to the 2^24 steps that float32 tells apart.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Channels(NamedTuple):
 
     Without ``num``, all. ``low``, ``high``: what a clamp cut off the sums to, where that is no 0: it need not be a
     whole number of steps. ``start``: where along ``dim`` they begin, in what is joined from several layers' sums.
+    ``order``: the channel at each place, where they are in no order that the others tell.
     """
 
     dim: int
@@ -31,6 +32,20 @@ class Channels(NamedTuple):
     low: float | None = None
     high: float | None = None
     start: int | None = None
+    order: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Self:
+        """As a saved plan holds it."""
+        plain: Any = [tuple(value) if isinstance(value, list) else value for value in values]
+        return cls(*plain)
+
+    @property
+    def length(self) -> int | None:
+        """How many places they take along ``dim``."""
+        if self.order is not None:
+            return len(self.order)
+        return None if self.num is None else self.num * self.repeat
 
 
 def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
@@ -61,9 +76,7 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
 
 def _in_part(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
     """As above for some places of x, in which nothing else changes."""
-    assert channels.start is not None
-    assert channels.num is not None
-    start, length = channels.start, channels.num * channels.repeat
+    start, length = channels.start or 0, channels.length or 0
     if x.dim() < -channels.dim or x.shape[channels.dim] < start + length:
         return x
     before, part, behind = x.tensor_split((start, start + length), channels.dim)
@@ -75,7 +88,9 @@ def _in_part(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tens
 def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:
     """The steps in the shape of x; None where they are those of another tensor."""
     dim, first, num, repeat = channels[:4]
-    if step.numel() != 1 and num is not None:
+    if step.numel() != 1 and channels.order is not None:
+        step = step[list(channels.order)]
+    elif step.numel() != 1 and num is not None:
         step = step[first : first + num]
     if step.numel() == 1:
         return step.reshape(())

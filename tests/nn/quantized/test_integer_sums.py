@@ -56,6 +56,13 @@ def test_ends_of_clamps_stay() -> None:
     assert cut == [6.0, 5.0, -6.0, -5.0]
 
 
+def test_channels_in_another_order() -> None:
+    x, step, scale = torch.full((1, 3), 2.6), torch.tensor([0.25, 0.5, 2.0]), torch.tensor([1.0])
+    assert as_integer_kernels(x, step, Channels(-1, order=(2, 0, 1)), scale).tolist() == [[2.0, 2.0, 2.0]]
+    assert as_integer_kernels(x + 0.5, step, Channels(-1, order=(2, 0, 1)), scale).tolist() == [[4.0, 3.0, 3.0]]
+    assert as_integer_kernels(x, torch.rand(3), Channels(-1, order=(2, 0)), scale) is x
+
+
 def test_sums_of_two_layers_side_by_side() -> None:
     x, scale = torch.tensor([[2.6, 3.1, 2.6, 3.1, 2.6]]), torch.tensor([1.0])
     first, last = Channels(-1, 0, 2, start=0), Channels(-1, 1, 1, start=4)
@@ -140,7 +147,12 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.d(x).transpose(1, 2)[:, :2]
-        return self.c(torch.cat([self.a(x), x, self.b(x).clamp(max=5.0), last], -3).relu().clamp_(max=6.0))
+        return self.c(torch.cat([self.a(x), x, self.b(x).clamp(max=5.0), last], -3))
+
+
+class CutOff(Joined):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([self.a(x), self.b(x)], 1).relu())
 
 
 class TwoNorms(nn.Module):
@@ -185,8 +197,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
     "pooled": (Pooled, IMAGE, {"fc": [("conv", (-1, 0, 4, 9))]}),
     "patches": (Patches, IMAGE, {"fc": [("conv", (-1, 0, 4))]}),
     "joined": (Joined, IMAGE, {}),
-    "joined, then cut off": (
-        Parts, IMAGE, {"c": [("a", (-3, 0, 4, 1, None, 6.0, 0)), ("b", (-3, 0, 2, 1, None, 5.0, 7))]},
+    "parts": (Parts, IMAGE, {"c": [("a", (-3, 0, 4, 1, None, None, 0)), ("b", (-3, 0, 2, 1, None, 5.0, 7))]}),
+    # Joined and cut off, each part was on a grid before.
+    "joined, then cut off": (CutOff, IMAGE, {"a": [], "b": [], "c": []}),
+    "shuffled": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ChannelShuffle(2), nn.Conv2d(4, 2, 1)), IMAGE,
+        {"2": [("0", (-3, 0, None, 1, None, None, None, (0, 2, 1, 3)))]},
     ),
     "two norms": (TwoNorms, IMAGE, {}),
     "layers": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), ROWS, {"2": [("0", (-1, 0, 6))]}),
@@ -196,7 +212,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
     ),
     "two ends": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(), nn.Hardtanh(-3, 0.5), nn.Linear(6, 3)), ROWS,
-        {"3": [("0", (-1, 0, 6, 1, -1.0, 0.5))]},
+        # The first one's result is on a grid.
+        {"1": [("0", (-1, 0, 6, 1, -1.0, 1.0))], "3": []},
     ),
     "flattened": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)), IMAGE,
@@ -217,8 +234,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
 def test_whose_sums_are_read(name: str) -> None:
     make, shape, wanted = CASES[name]
     plan = fxslim.plan_quantization(make().eval(), "int8", example_inputs=torch.randn(shape))
-    sums = {reader: given for reader, given in plan.sums.items() if reader in wanted}
-    assert sums == {reader: tuple((layer, Channels(*at)) for layer, at in parts) for reader, parts in wanted.items()}
+    found = {reader: given for reader, given in plan.sums.items() if reader in wanted}
+    assert found == {
+        reader: tuple((layer, Channels(*at)) for layer, at in parts) for reader, parts in wanted.items() if parts
+    }
     own = {reader for reader in plan.sums if reader not in wanted}
     assert not own & {"fc", "c", "last", "2", "3"}
 
