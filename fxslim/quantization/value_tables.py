@@ -43,10 +43,10 @@ class _Table(NamedTuple):
     values: Tensor
 
     def over(self, given: tuple[Any, ...]) -> Tensor:
-        """The values with a dim for each of these."""
-        return self.values.reshape(
-            [self.values.shape[self.given.index(one)] if one in self.given else 1 for one in given]
-        )
+        """The values with a dim for each of these, in their order."""
+        own = [one for one in given if one in self.given]
+        values = self.values.permute([self.given.index(one) for one in own])
+        return values.reshape([values.shape[own.index(one)] if one in own else 1 for one in given])
 
 
 class ValueTables:
@@ -81,7 +81,7 @@ class ValueTables:
             return list(node.all_input_nodes)
         if name in _ONE_BY_ONE or name in _AVERAGES or self._flow.is_move(node):
             given = [arg for arg in node.args if isinstance(arg, fx.Node)]
-            return given if given == node.all_input_nodes or set(given) == set(node.all_input_nodes) else []
+            return given if set(given) == set(node.all_input_nodes) else []
         return []
 
     def _made(self, node: fx.Node) -> list[_Table]:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables hold every value that a forward can give."""
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxslim.graph.inputs import Inputs
@@ -14,6 +17,19 @@ from fxslim.quantization.value_tables import Levels, ValueTables
 
 SHAPE = (2, 4, 6, 6)
 FIRST, SECOND = Levels(0.5, -3, 4), Levels(0.125, 0, 7)
+
+
+OPERATORS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda a, b: a + b,
+    lambda a, b: torch.sub(a, b, alpha=0.5),
+    lambda a, b: a * b,
+    lambda a, b: a.sigmoid(),
+    lambda a, b: a.transpose(2, 3),
+    lambda a, b: nn.functional.leaky_relu(a, 0.1),
+    lambda a, b: a.clamp(-0.7, 1.1),
+    lambda a, b: a.flip(1).contiguous(),
+    lambda a, b: 1 - a,
+]
 
 
 class Function(nn.Module):
@@ -44,6 +60,7 @@ COMPUTED: dict[str, tuple[Callable[..., Tensor], list[int]]] = {
     "one alone": (lambda x, y: nn.functional.hardswish(x * 2 + 1), [8]),
     "itself": (lambda x, y: x * torch.sigmoid(x), [8]),
     "itself elsewhere": (lambda x, y: x * torch.sigmoid(x.transpose(2, 3)), [64]),
+    "the second one first": (lambda x, y: y.sigmoid() * (x + y), [64]),
     "tanh": (lambda x, y: nn.functional.gelu(x, approximate="tanh") / y.add(1), [64]),
     "average": (lambda x, y: x.mean((2, 3)), [36 * 7 + 1]),
     "pooled": (lambda x, y: nn.functional.adaptive_avg_pool2d(x, 3) - y[:, :, :3, :3], [29 * 8]),
@@ -75,6 +92,32 @@ def test_every_value_is_in_a_table(name: str) -> None:
         for _ in range(4):
             found = forward().double().reshape(-1, 1)
             assert (found - known).abs().amin(1).max() < 1e-6
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**31))
+def test_any_expression(seed: int) -> None:
+    """Of two tensors, in any order, moved or not: what comes out is in the table, or there is none."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    steps = [
+        (draw.randrange(len(OPERATORS)), draw.randrange(64), draw.randrange(64)) for _ in range(draw.randrange(1, 7))
+    ]
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = [x, y]
+        for kind, first, second in steps:
+            a, b = made[first % len(made)], made[second % len(made)]
+            made.append(OPERATORS[kind](a, b))
+        return made[-1]
+
+    tables, forward = _tables(function)
+    if tables:
+        known = torch.cat(tables).sort().values
+        found = forward().double().reshape(-1)
+        place = torch.searchsorted(known, found).clamp(1, len(known) - 1) if len(known) > 1 else 0
+        distance = torch.minimum((known[place] - found).abs(), (known[place - 1] - found).abs())
+        assert (distance <= 1e-5 * found.abs().clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("name", UNTOLD)
