@@ -17,7 +17,8 @@ _ONE_BY_ONE = frozenset(
     mish gelu tanh softplus
     """.split()
 )
-_AVERAGES = frozenset(("mean", "_adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"))
+_POOLS = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d"))
+_AVERAGES = _POOLS | frozenset(("mean", "_adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"))
 # Longer tables are no longer quickly gone through, and their values lie everywhere.
 _LONGEST = 2**17
 # As many different results as reach a concatenation, at most.
@@ -123,11 +124,25 @@ class ValueTables:
         source = read
         while source not in self._levels and self._flow.is_move(source) and isinstance(source.args[0], fx.Node):
             source = source.args[0]
-        before, after = math.prod(read.meta["shape"]), math.prod(node.meta["shape"])
-        if source not in self._levels or not after or before % after:
+        number = _number_averaged(node, read)
+        if source not in self._levels or number is None:
             return []
         scale, least, most = self._levels[source]
-        number = before // after
         if number * (most - least) > _LONGEST:
             return []
         return [_Table((node,), Levels(scale / number, least * number, most * number).values())]
+
+
+def _number_averaged(node: fx.Node, read: fx.Node) -> int | None:
+    """How many values each result is the average of; None where not all are of as many."""
+    if operator_of(node) not in _POOLS:
+        before, after = math.prod(read.meta["shape"]), math.prod(node.meta["shape"])
+        return before // after if after and not before % after else None
+    named = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given: dict[str, Any] = dict(zip(named, node.args[1:], strict=False)) | node.kwargs
+    padded = any(given.get("padding") or [0])
+    if given.get("ceil_mode") or given.get("divisor_override") or (padded and not given.get("count_include_pad", True)):
+        return None
+    kernel = given["kernel_size"]
+    dims = int(operator_of(node)[-2])
+    return math.prod(kernel) if len(kernel) == dims else kernel[0] ** dims
