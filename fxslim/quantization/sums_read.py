@@ -94,10 +94,13 @@ class _Walk:
         dim = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dims - dims
         found, start = [], 0
         for part in cast(list[fx.Node], node.args[0]):
-            sums = self.to(part)
             length = part.meta["shape"][dim]
-            for layer, channels in sums if len(sums) == 1 else ():
-                if channels.dim == dim and channels.length == length and channels.start is None:
+            for layer, channels in self.to(part):
+                if channels.dim != dim:
+                    continue
+                if channels.start is not None:
+                    found.append((layer, channels._replace(start=start + channels.start)))
+                elif channels.length == length:
                     found.append((layer, channels._replace(start=start)))
             start += length
         return tuple(found)

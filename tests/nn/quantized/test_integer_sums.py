@@ -150,6 +150,17 @@ class Parts(nn.Module):
         return self.c(torch.cat([self.a(x), x, self.b(x).clamp(max=5.0), last], -3))
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.d = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 1)
+        self.c = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.cat([self.a(x), x[:, :1], self.d(x)], 1)
+        return self.c(torch.cat([x, inner, self.b(x).clamp(max=5.0)], 1))
+
+
 class CutOff(Joined):
     def forward(self, x: Tensor) -> Tensor:
         return self.c(torch.cat([self.a(x), self.b(x)], 1).relu())
@@ -198,6 +209,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
     "patches": (Patches, IMAGE, {"fc": [("conv", (-1, 0, 4))]}),
     "joined": (Joined, IMAGE, {}),
     "parts": (Parts, IMAGE, {"c": [("a", (-3, 0, 4, 1, None, None, 0)), ("b", (-3, 0, 2, 1, None, 5.0, 7))]}),
+    "parts of a part": (
+        Nested, IMAGE,
+        {"c": [("a", (-3, 0, 2, 1, None, None, 3)), ("d", (-3, 0, 4, 1, None, None, 6)),
+               ("b", (-3, 0, 2, 1, None, 5.0, 10))]},
+    ),
     # Joined and cut off, each part was on a grid before.
     "joined, then cut off": (CutOff, IMAGE, {"a": [], "b": [], "c": []}),
     "shuffled": (
