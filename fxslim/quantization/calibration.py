@@ -19,7 +19,7 @@ from fxslim.nn.quant_config import CALIBRATIONS
 from fxslim.nn.quantizers import ActivationQuantizer, WeightQuantizer, each_activation_quantizer
 from fxslim.plan.applied_plans import applied
 from fxslim.progress import track
-from fxslim.quantization.clear_grids import clear_grids
+from fxslim.quantization.cleared_grids import clear_grids
 from fxslim.quantization.planning import plan_quantization
 from fxslim.quantization.quantization_plan import QuantizationPlan
 
@@ -55,9 +55,10 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
             quantizer.stop_collecting()
         for weight in weights:
             weight.is_passing = False
-    for plan in applied(without_compile_wrapper(model)):
-        if isinstance(plan, QuantizationPlan):
-            clear_grids(without_compile_wrapper(model), plan.inputs)
+    for part in model.modules():
+        for plan in applied(part):
+            if isinstance(plan, QuantizationPlan):
+                clear_grids(part, plan.inputs)
 
 
 def _check_batches(quantizers: Mapping[str, ActivationQuantizer]) -> None:

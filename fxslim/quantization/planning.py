@@ -88,7 +88,7 @@ def _planned(
         unasked = {name: own.activation is None for name, own in placed.configs.items()}
         placed.take(place(flows[0], unasked, wishes.target))
     asked = [name for name, own in placed.configs.items() if own.activation is not None and kept[name].user is None]
-    own = [name for name, config in placed.configs.items() if config.output is not None]
+    with_output = [name for name, config in placed.configs.items() if config.output is not None]
     return QuantizationPlan(
         layers=tuple(
             LayerPlan(name=name, config=own, user=kept[name].user, is_given=name in placed.given)
@@ -100,7 +100,7 @@ def _planned(
         folds=folds,
         norms=norms,
         sources={name: giver for name, giver in placed.given.items() if giver is not None},
-        sums=find_sums(flows[0], placed.configs, norms, asked, placed.outputs, own) if flows else {},
+        sums=find_sums(flows[0], placed.configs, norms, asked, placed.outputs, with_output) if flows else {},
         freeze_after=freeze_after,
         start_step=max(own.start_step for own in placed.configs.values()),
         notes=(*notes, *placed.notes),

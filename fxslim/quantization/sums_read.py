@@ -14,6 +14,8 @@ from fxslim.quantization.dataflow import Dataflow, operator_of
 
 # Plans hold no longer lists of channels.
 _LONGEST_ORDER = 8192
+# Concatenations in concatenations: a loop that appends makes hundreds.
+_DEEPEST = 3
 
 # The layers, and where the channels of each are.
 Sums = tuple[tuple[str, Channels], ...]
@@ -60,12 +62,12 @@ class _Walk:
     norms: Mapping[str, str]
     on_grid: Collection[fx.Node]
 
-    def to(self, node: fx.Node) -> Sums:
-        """Of a tensor that may be on a grid already."""
-        return () if node in self.on_grid else self.back(node)
+    def to(self, node: fx.Node, depth: int = 0) -> Sums:
+        """As ``back``, of a tensor that may be on a grid already and then is nobody's sums any more."""
+        return () if node in self.on_grid else self.back(node, depth)
 
-    def back(self, node: fx.Node) -> Sums:
-        """Through moves, clamps, and the norm that becomes part of the layer."""
+    def back(self, node: fx.Node, depth: int = 0) -> Sums:
+        """Through moves, clamps, and the norm that becomes part of the layer; ``depth``: of concatenations around."""
         moves, between, clamps = [], [], []
         flow = self.flow
         while node not in self.made:
@@ -75,8 +77,8 @@ class _Walk:
                 moves.append(node)
             elif flow.is_clamp(node):
                 clamps.append(flow.bounds(node))
-            elif operator_of(node) == "cat" and not moves and not between:
-                return _clamped(self._joined(node), clamps)
+            elif operator_of(node) == "cat" and not moves and not between and depth < _DEEPEST:
+                return _clamped(self._joined(node, depth + 1), clamps)
             else:
                 return ()
             if not node.args or not isinstance(node.args[0], fx.Node) or node.args[0] in self.on_grid:
@@ -88,14 +90,17 @@ class _Walk:
         channels = _channels(node, moves[::-1])
         return () if channels is None else _clamped(((layer, channels),), clamps)
 
-    def _joined(self, node: fx.Node) -> Sums:
+    def _joined(self, node: fx.Node, depth: int) -> Sums:
         """Of the parts that are sums of a layer, joined along its channels."""
         dims = len(node.meta["shape"])
         dim = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dims - dims
         found, start = [], 0
         for part in cast(list[fx.Node], node.args[0]):
+            if len(part.meta["shape"]) != dims:
+                # Torch takes an empty vector for nothing at all.
+                continue
             length = part.meta["shape"][dim]
-            for layer, channels in self.to(part):
+            for layer, channels in self.to(part, depth):
                 if channels.dim != dim:
                     continue
                 if channels.start is not None:
@@ -122,7 +127,15 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
     """Where these operators put the channels of what a layer made: its places, labelled, go the same way."""
     shape = made.meta["shape"]
     dim = (1 if operator_of(made) == "convolution" else len(shape) - 1) - len(shape)
-    labels: Any = torch.arange(shape[dim], dtype=torch.float32).reshape(-1, *[1] * (-dim - 1)).expand(shape)
+    labels = torch.arange(shape[dim], dtype=torch.float32).reshape(-1, *[1] * (-dim - 1)).expand(shape)
+    found, turned = _moved(labels, moves), _moved(-labels, moves)
+    # The largest of several channels is not known by its label.
+    if found is None or turned is None or not torch.equal(found, -turned):
+        return None
+    return _along_one_dim(found)
+
+
+def _moved(labels: Any, moves: list[fx.Node]) -> Tensor | None:
     for node in moves:
         name, target = operator_of(node), cast(Any, node.target)
         if name == "getitem":
@@ -136,7 +149,7 @@ def _channels(made: fx.Node, moves: list[fx.Node]) -> Channels | None:
             except (TypeError, RuntimeError):
                 # Arguments of which a recording only tells the names.
                 return None
-    return _along_one_dim(labels) if isinstance(labels, Tensor) else None
+    return labels if isinstance(labels, Tensor) else None
 
 
 def _along_one_dim(labels: Tensor) -> Channels | None:

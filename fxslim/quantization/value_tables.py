@@ -2,7 +2,7 @@
 """All values that a tensor can have which is computed, one by one, from one or two tensors on grids."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,7 +34,7 @@ class Levels(NamedTuple):
 
     def values(self) -> Tensor:
         """All of them."""
-        return torch.arange(self.least, self.most + 1, dtype=torch.float64) * self.scale
+        return torch.arange(self.least, self.most + 1, dtype=torch.float64, device="cpu") * self.scale
 
 
 class _Table(NamedTuple):
@@ -56,10 +56,14 @@ class ValueTables:
     def __init__(self, flow: Dataflow, levels: Mapping[fx.Node, Levels]) -> None:
         self._flow, self._levels = flow, levels
         self._known: dict[fx.Node, list[_Table]] = {}
+        self._written = {flow.source(node) for node in _written_elsewhere(flow)}
 
     def of(self, node: fx.Node) -> list[Tensor]:
         """The values of each tensor that ends up in this one, as far as they can be told."""
-        return [table.values.reshape(-1) for table in self._tables(node)]
+        found = [table.values.reshape(-1) for table in self._tables(node)]
+        # Long ones are soon too many to keep.
+        self._known.clear()
+        return found
 
     def _tables(self, node: fx.Node) -> list[_Table]:
         waiting = [node]
@@ -78,6 +82,8 @@ class ValueTables:
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that its values come from; none of what no table can be made of."""
         name = operator_of(node)
+        if getattr(node.target, "namespace", "aten") != "aten" or node.kwargs.get("rounding_mode"):
+            return []
         if name == "cat":
             return list(node.all_input_nodes)
         if name in _ONE_BY_ONE or name in _AVERAGES or self._flow.is_move(node):
@@ -86,6 +92,8 @@ class ValueTables:
         return []
 
     def _made(self, node: fx.Node) -> list[_Table]:
+        if self._flow.source(node) in self._written:
+            return []
         if node in self._levels:
             return [_Table((node,), self._levels[node].values())]
         reads = self._reads(node)
@@ -117,7 +125,11 @@ class ValueTables:
         # Operators in place write into their first argument.
         values = {read: table.over(given).expand(*sizes.values()).clone() for read, table in tables.items()}
         args = [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
-        return [_Table(given, target(*args, **node.kwargs))]
+        try:
+            return [_Table(given, target(*args, **node.kwargs))]
+        except (TypeError, RuntimeError):
+            # Arguments of which a recording only tells the names.
+            return []
 
     def _averages(self, node: fx.Node, read: fx.Node) -> list[_Table]:
         """Of a number of values of one grid: its values, and what is between them."""
@@ -133,11 +145,25 @@ class ValueTables:
         return [_Table((node,), Levels(scale / number, least * number, most * number).values())]
 
 
+def _written_elsewhere(flow: Dataflow) -> Iterator[fx.Node]:
+    """Tensors that operators write into under another name, that of a view: what is read of them later has changed."""
+    for node in flow.recording.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        others = [user for user in node.args[0].users if user is not node]
+        if node.meta.get("mutates_view") or any(flow.is_move(user) for user in others):
+            yield node.args[0]
+
+
 def _number_averaged(node: fx.Node, read: fx.Node) -> int | None:
     """How many values each result is the average of; None where not all are of as many."""
+    before, after = read.meta["shape"], node.meta["shape"]
     if operator_of(node) not in _POOLS:
-        before, after = math.prod(read.meta["shape"]), math.prod(node.meta["shape"])
-        return before // after if after and not before % after else None
+        even = operator_of(node) == "mean" or all(
+            one and not all_ % one for all_, one in zip(before, after, strict=True)
+        )
+        return math.prod(before) // math.prod(after) if even and math.prod(after) else None
     named = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     given: dict[str, Any] = dict(zip(named, node.args[1:], strict=False)) | node.kwargs
     padded = any(given.get("padding") or [0])

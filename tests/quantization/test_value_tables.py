@@ -54,6 +54,24 @@ def _tables(function: Callable[..., Tensor]) -> tuple[list[Tensor], Callable[[],
     return tables.of(recording.outputs[0]), lambda: model(drawn(FIRST), drawn(SECOND))
 
 
+@torch.library.custom_op("fxslim_tests::gelu", mutates_args=())
+def own_gelu(x: Tensor) -> Tensor:
+    """Named as torch's, and only for float32."""
+    assert x.dtype == torch.float32
+    return x - x.mean()
+
+
+def _written(x: Tensor) -> Tensor:
+    x[:, 0] = 0.1234
+    return x
+
+
+def _halved(x: Tensor) -> Tensor:
+    view = x.view(2, -1)
+    x.mul_(0.5)
+    return view
+
+
 COMPUTED: dict[str, tuple[Callable[..., Tensor], list[int]]] = {
     "sum": (lambda x, y: x + y, [64]),
     "to one's place": (lambda x, y: x.add_(y, alpha=-2).relu_(), [64]),
@@ -78,6 +96,11 @@ UNTOLD: dict[str, Callable[..., Tensor]] = {
     "uneven": lambda x, y: nn.functional.adaptive_avg_pool2d(x, 4),
     "windows at the edge": lambda x, y: nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
     "windows cut off": lambda x, y: nn.functional.avg_pool2d(x, 4, 4, ceil_mode=True),
+    "windows of two sizes": lambda x, y: nn.functional.adaptive_avg_pool2d(x[..., :4], (4, 3)),
+    "rounded": lambda x, y: torch.div(x, 0.3, rounding_mode="floor"),
+    "written in part": lambda x, y: _written(x + y),
+    "written under another name": lambda x, y: _halved(x + y),
+    "the user's own operator": lambda x, y: own_gelu(x),
     "average of a sum": lambda x, y: (x + y).mean((2, 3)),
     "random": lambda x, y: x + torch.rand(SHAPE),
     "picked": lambda x, y: x + torch.where(y > 0.2, x, y),

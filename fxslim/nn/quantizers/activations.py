@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fxslim.errors import CalibrationError
 from fxslim.nn.quant_config import ActivationQuant
 from fxslim.nn.quantizers.fixed_quantizers import fixed_quantizer
-from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels
+from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels, joined_sums
 from fxslim.nn.quantizers.onnx_lowering import check_format, is_lowering, telling
 from fxslim.nn.quantizers.phases import Phased, is_recomputed, set_buffers
 from fxslim.nn.quantizers.rank_average import average_over_ranks, num_ranks
@@ -128,7 +128,7 @@ class ActivationQuantizer(Phased):
         config = self.config
         if self.training or config.format != "int" or config.bits > _KERNEL_BITS:
             return x
-        for channels, step in sums.items():
+        for channels, step in joined_sums(sums, x.shape).items():
             x = as_integer_kernels(x, step, channels, self.grid()[0])
         return x
 

@@ -6,6 +6,7 @@ and rounds. A float layer's result is the same number but for its last places, w
 of a middle. Recovering the whole number first leaves nothing to chance, up to the 2^24 steps that float32 tells apart.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -57,8 +58,6 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
     """
     if x.dtype not in (torch.float32, torch.float64):
         return x
-    if channels.start is not None:
-        return _in_part(x, step, channels, scale)
     known = _along(x, step, channels)
     if known is None:
         return x
@@ -74,26 +73,42 @@ def as_integer_kernels(x: Tensor, step: Tensor, channels: Channels, scale: Tenso
     return straight_through(value, x) if torch.is_grad_enabled() and x.requires_grad else value
 
 
-def _in_part(x: Tensor, step: Tensor, channels: Channels, scale: Tensor) -> Tensor:
-    """As above for some places of x, in which nothing else changes."""
-    start, length = channels.start or 0, channels.length or 0
-    if x.dim() < -channels.dim or x.shape[channels.dim] < start + length:
-        return x
-    before, part, behind = x.tensor_split((start, start + length), channels.dim)
-    return torch.cat(
-        [before, as_integer_kernels(part, step, channels._replace(start=None), scale), behind], channels.dim
-    )
+def joined_sums(sums: Mapping[Channels, Tensor], shape: Sequence[int]) -> dict[Channels, Tensor]:
+    """Of parts side by side one vector of steps, with 0 where there is no part: there the grid itself is the step.
+
+    >>> parts = {Channels(-1, 0, 2, start=1): torch.tensor([0.5, 0.25])}
+    >>> list(joined_sums(parts, (4, 4)).values())
+    [tensor([0.0000, 0.5000, 0.2500, 0.0000])]
+    """
+    made: dict[Channels, Tensor] = {}
+    for channels, step in sums.items():
+        if channels.start is None:
+            made[channels] = step
+            continue
+        place, end = channels.start, channels.start + (channels.length or 0)
+        steps = _steps(step, channels)
+        if len(shape) < -channels.dim or end > shape[channels.dim] or steps.numel() not in (1, end - place):
+            continue
+        whole = Channels(channels.dim, low=channels.low, high=channels.high)
+        made.setdefault(whole, step.new_zeros(shape[channels.dim]))[place:end] = steps
+    return made
+
+
+def _steps(step: Tensor, channels: Channels) -> Tensor:
+    """Along the places that these channels take; one for all where the layer has one."""
+    if step.numel() != 1 and channels.order is not None:
+        return step[list(channels.order)]
+    if step.numel() != 1 and channels.num is not None:
+        step = step[channels.first : channels.first + channels.num]
+    return step.reshape(-1) if step.numel() == 1 else step.repeat_interleave(channels.repeat)
 
 
 def _along(x: Tensor, step: Tensor, channels: Channels) -> Tensor | None:
     """The steps in the shape of x; None where they are those of another tensor."""
-    dim, first, num, repeat = channels[:4]
-    if step.numel() != 1 and channels.order is not None:
-        step = step[list(channels.order)]
-    elif step.numel() != 1 and num is not None:
-        step = step[first : first + num]
-    if step.numel() == 1:
-        return step.reshape(())
-    if x.dim() < -dim or step.numel() * repeat != x.shape[dim]:
+    steps = _steps(step, channels)
+    if steps.numel() == 1:
+        return steps.reshape(())
+    dim = channels.dim
+    if x.dim() < -dim or steps.numel() != x.shape[dim]:
         return None
-    return step.repeat_interleave(repeat).reshape(-1, *[1] * (-dim - 1))
+    return steps.reshape(-1, *[1] * (-dim - 1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxslim
-from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels
+from fxslim.nn.quantizers.integer_sums import Channels, as_integer_kernels, joined_sums
 
 
 @given(st.integers(0, 2**31), st.sampled_from([-1, -2, -3, -4]), st.sampled_from(["outputs", "one scale"]))
@@ -65,12 +65,53 @@ def test_channels_in_another_order() -> None:
 
 def test_sums_of_two_layers_side_by_side() -> None:
     x, scale = torch.tensor([[2.6, 3.1, 2.6, 3.1, 2.6]]), torch.tensor([1.0])
-    first, last = Channels(-1, 0, 2, start=0), Channels(-1, 1, 1, start=4)
-    one = as_integer_kernels(x, torch.tensor([0.25, 0.5]), first, scale)
-    both = as_integer_kernels(one, torch.tensor([9.0, 2.0]), last, scale)
-    assert torch.equal(both, torch.tensor([[2.0, 3.0, 2.6, 3.1, 2.0]]))
-    # In a tensor of another size they are not.
-    assert as_integer_kernels(x, torch.ones(3), last._replace(start=5), scale) is x
+    parts = {
+        Channels(-1, 0, 2, start=0): torch.tensor([0.25, 0.5]),
+        Channels(-1, 1, 1, start=4): torch.tensor([9.0, 2.0]),
+        # Not those of a tensor of this size.
+        Channels(-1, 0, 2, start=4): torch.tensor([7.0, 7.0]),
+    }
+    ((channels, step),) = joined_sums(parts, x.shape).items()
+    # Between them the grid rounds as ever.
+    assert as_integer_kernels(x, step, channels, scale).tolist() == [[2.0, 3.0, 3.0, 3.0, 2.0]]
+
+
+@pytest.mark.parametrize("pool", [lambda y: nn.functional.max_pool1d(y, 2), lambda y: y.flip(1).amax(1, keepdim=True)])
+def test_the_largest_of_several_channels_is_nobodys(pool: Callable[[Tensor], Tensor]) -> None:
+    """Which of them it was differs from place to place."""
+
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.LazyLinear(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(pool(self.a(x).unsqueeze(1)).squeeze(1))
+
+    net = Largest()
+    net(torch.randn(ROWS))
+    assert "b" not in fxslim.plan_quantization(net, example_inputs=torch.randn(ROWS), target="tensorrt").sums
+
+
+class Appended(nn.Module):
+    """A loop that appends to what it has, from nothing at all."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.up, self.last = length, nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        found = torch.tensor([])
+        for _ in range(self.length):
+            found = torch.cat([found, h.unsqueeze(1)], 1)
+            h = h * 0.9
+        return self.last(found)
+
+
+def test_long_loops_of_joins() -> None:
+    x = torch.randn(ROWS)
+    assert fxslim.quantize(Appended(400).eval(), data=[x], example_inputs=x)(x).isfinite().all()
 
 
 def test_what_is_no_sum_of_the_layer_passes() -> None:

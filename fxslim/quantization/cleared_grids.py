@@ -31,7 +31,7 @@ _REACH = 5e-4
 def clear_grids(model: nn.Module, examples: Iterable[Inputs]) -> None:
     """Change ranges that calibration found so that nothing these forwards compute from integers lies halfway.
 
-    Where a forward is none of the model as it is now, ranges stay what calibration found.
+    An example that the model, changed since it was planned, no longer takes tells nothing, and ranges stay as found.
     """
     quantizers = each_activation_quantizer(model)
     device = next((quantizer.scale.device for quantizer in quantizers.values()), None)
@@ -55,10 +55,10 @@ def _clear(recording: Recording, quantizers: dict[str, ActivationQuantizer], don
             continue
         if not (quantizer.is_quantizing and quantizer.config.format == "int" and quantizer.config.bits <= 8):
             continue
-        if call.name not in done and type(quantizer) is StaticActivations:
+        if call.name not in done and type(quantizer) is StaticActivations and quantizer.scale.dtype != torch.float16:
             values = tables.of(call.inputs[0])
             if values:
-                _widen(quantizer, torch.cat(values).numpy())
+                _rescale(quantizer, torch.cat(values).numpy())
                 cleared.add(call.name)
         levels[call.outputs[0]] = _levels(quantizer)
     return cleared
@@ -70,11 +70,12 @@ def _levels(quantizer: ActivationQuantizer) -> Levels:
     return Levels(float(scale), least - int(zero_point), most - int(zero_point))
 
 
-def _widen(quantizer: StaticActivations, values: np.ndarray) -> None:
+@torch.inference_mode(False)
+def _rescale(quantizer: StaticActivations, values: np.ndarray) -> None:
     scale, least, most = _levels(quantizer)
     for clearance in _CLEARANCES:
         for factor in _free_factors(values / scale, least, most, clearance):
-            changed = torch.tensor(scale * factor, dtype=quantizer.scale.dtype)
+            changed = torch.tensor(scale * factor, dtype=quantizer.scale.dtype, device="cpu")
             # The scale is rounded too.
             if _clearance(values / changed.item(), least, most) > clearance / 2:
                 quantizer.scale = torch.empty_like(quantizer.scale).copy_(changed)
@@ -101,6 +102,6 @@ def _free_factors(steps: np.ndarray, least: int, most: int, clearance: float) ->
     order = np.argsort(starts)
     starts = np.append(starts[order], _REACH)
     ends = np.maximum.accumulate(np.insert(ends[order], 0, -_REACH))
-    free = (starts > ends) & (ends < _REACH) & (starts > -_REACH)
-    middle = np.where((ends[free] < 0) & (starts[free] > 0), 0.0, (ends[free] + starts[free]) / 2)
-    return [1 + float(change) for change in sorted(middle, key=abs)[:8]]
+    free = (starts > ends) & (ends < _REACH)
+    change = np.where((ends[free] < 0) & (starts[free] > 0), 0.0, (ends[free] + starts[free]) / 2)
+    return [1 + float(one) for one in sorted(change, key=abs)[:8]]

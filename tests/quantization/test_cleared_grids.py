@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxslim
 from fxslim.nn.quantizers.observed import StaticActivations
-from fxslim.quantization import clear_grids
-from fxslim.quantization.clear_grids import _clearance, _widen
+from fxslim.quantization import cleared_grids
+from fxslim.quantization.cleared_grids import _clearance, _rescale
 from fxslim.quantization.quantization_plan import QuantizationPlan
 
 IMAGE = (2, 3, 8, 8)
@@ -43,7 +43,7 @@ def test_any_sum_of_two(seed: int, above: bool) -> None:
     ends = exact.amin().item() * 0.7, exact.amax().item() * 0.8
     quantizer = _quantizer(0.0 if above or ends[0] >= 0 else ends[0], max(ends[1], 1e-2))
     before = _grid(quantizer)
-    _widen(quantizer, exact.numpy())
+    _rescale(quantizer, exact.numpy())
     scale, least, most = _grid(quantizer)
     assert (least, most) == before[1:]
     assert abs(scale / before[0] - 1) <= 5.1e-4
@@ -57,14 +57,14 @@ def test_any_sum_of_two(seed: int, above: bool) -> None:
 def test_what_is_clear_stays() -> None:
     quantizer = _quantizer(-1.0, 2.0)
     scale = quantizer.scale.clone()
-    _widen(quantizer, np.arange(-80, 170) * scale.item())
+    _rescale(quantizer, np.arange(-80, 170) * scale.item())
     assert torch.equal(quantizer.scale, scale)
 
 
 def test_what_no_range_clears_stays() -> None:
     quantizer = _quantizer(-1.0, 2.0)
     scale = quantizer.scale.clone()
-    _widen(quantizer, np.random.default_rng(0).uniform(-1.0, 2.0, 2_000_000))
+    _rescale(quantizer, np.random.default_rng(0).uniform(-1.0, 2.0, 2_000_000))
     assert torch.equal(quantizer.scale, scale)
 
 
@@ -129,7 +129,7 @@ def test_networks(name: str, seed: int) -> None:
 
 
 def test_without_it_some_lie_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clear_grids, "_widen", lambda quantizer, values: None)
+    monkeypatch.setattr(cleared_grids, "_rescale", lambda quantizer, values: None)
     torch.manual_seed(0)
     x = torch.randn(IMAGE)
     model = fxslim.quantize(Net("sum").eval(), data=[x], example_inputs=x, target="onnxruntime")
@@ -161,7 +161,7 @@ def test_examples_without_values_change_nothing(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     x = torch.randn(IMAGE)
     seen: list[int] = []
-    monkeypatch.setattr(clear_grids, "_widen", lambda quantizer, values: seen.append(len(values)))
+    monkeypatch.setattr(cleared_grids, "_rescale", lambda quantizer, values: seen.append(len(values)))
     fxslim.quantize(Net("sum").eval(), data=[x], forward=lambda model, batch: model(batch))
     assert not seen
 
@@ -175,6 +175,28 @@ def test_a_model_that_became_another_one() -> None:
     with fxslim.calibrating(model):
         model(x.double())
     assert model(x.double()).isfinite().all()
+
+
+def test_ranges_found_under_inference_mode() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    net = Net("sum").eval()
+    with torch.inference_mode():
+        model = fxslim.quantize(net, data=[x], example_inputs=x, target="onnxruntime")
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
+def test_calibrating_a_part_of_a_larger_model() -> None:
+    scales = []
+    for wrap in (lambda model: model, nn.Sequential):
+        torch.manual_seed(0)
+        x = torch.randn(IMAGE)
+        config = fxslim.nn.QuantConfig(activation=fxslim.nn.ActivationQuant(method="static"))
+        model = fxslim.prepare_qat(Net("sum").eval(), config, example_inputs=x, target="onnxruntime")
+        with fxslim.calibrating(wrap(model)):
+            model(x)
+        scales.append(model.last.input_quantizer.scale)
+    assert torch.equal(*scales)
 
 
 def test_the_plan_is_what_it_was() -> None:
